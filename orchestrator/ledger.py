@@ -1,0 +1,194 @@
+"""The ledger: the controller's append-only file of decisions, and the state of a study that follows from it.
+
+Every decision is on disk before it is acted on, so a killed controller finds here what it had decided and in the run
+directories what came of it. Optuna's storage and MLflow are rebuilt from these two.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ProtocolError
+from trainer.protocol import append_line, read_lines, storage_error
+
+# Kinds of record. Each record carries `kind` and `time` (unix seconds).
+OPENED = "opened"  # source (the study file's text), digest, caddie (version)
+TRIAL_ASKED = "trial_asked"  # trial, origin ("preset" | "sampler"), params {knob: value}, runs {seed: run_id}
+TRIAL_TOLD = "trial_told"  # trial, state, value, constraints {name: value}, intermediate {step: value}, reason
+ARM_ASKED = "arm_asked"  # arm ("preset" | "best"), trial, params, runs {seed: run_id}
+SUBMITTING = "submitting"  # run_id, attempt, tag, resources: the intention, before the scheduler hears of it
+SUBMITTED = "submitted"  # run_id, attempt, job_id
+ENDED = "ended"  # run_id, attempt, status, failure (kind or null), seconds, gpus
+STOP_ASKED = "stop_asked"  # run_id, attempt, reason
+CLOSED = "closed"  # reason: "finished" | "stopped" | "failed"
+
+RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One point of the space and its runs; number 0 is the preset."""
+
+    number: int
+    origin: str
+    params: dict[str, Any]
+    runs: dict[int, str]
+    """Run id by seed."""
+
+    state: str = RUNNING
+    value: float | None = None
+    """Mean of the objective over the runs, in bits per byte."""
+
+    constraints: dict[str, float] = field(default_factory=dict)
+    """Feasible where every value is at most 0."""
+
+    intermediate: dict[int, float] = field(default_factory=dict)
+    """Training loss by step, as the pruner saw it."""
+
+    reason: str = ""
+    """Why it failed or was stopped."""
+
+    @property
+    def is_feasible(self) -> bool:
+        return all(value <= 0 for value in self.constraints.values())
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """A configuration that is confirmed on several seeds: `preset` or `best`."""
+
+    name: str
+    trial: int
+    params: dict[str, Any]
+    runs: dict[int, str]
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One submission, as the controller knows it."""
+
+    run_id: str
+    number: int
+    tag: str
+    resources: dict[str, Any]
+    submitted: float
+    job_id: str | None = None
+    stop_reason: str | None = None
+    status: str | None = None
+    """None while it has not been seen to end."""
+
+    failure: str | None = None
+    seconds: float = 0.0
+    gpus: int = 0
+
+
+@dataclass(kw_only=True)
+class StudyState:
+    """What the ledger says, replayed."""
+
+    source: str = ""
+    trials: dict[int, Trial] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
+    closed: str | None = None
+    opened_at: float = 0.0
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete, feasible trial with the lowest value; the earliest of equals."""
+        done = [t for t in self.trials.values() if t.state == COMPLETE and t.is_feasible and t.value is not None]
+        return min(done, key=lambda t: (t.value, t.number), default=None)
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Every run that the study asked for, once, in order."""
+        asked = [*self.trials.values(), *self.arms.values()]
+        return list(dict.fromkeys(run_id for owner in asked for run_id in owner.runs.values()))
+
+    def attempts_of(self, run_id: str) -> list[Attempt]:
+        return [attempt for attempt in self.attempts.values() if attempt.run_id == run_id]
+
+    @property
+    def gpu_seconds(self) -> float:
+        return sum(attempt.seconds * attempt.gpus for attempt in self.attempts.values())
+
+
+def _by_int(mapping: Mapping[str, Any]) -> dict[int, Any]:
+    return {int(key): value for key, value in mapping.items()}
+
+
+def replay(records: Iterable[Mapping[str, Any]]) -> StudyState:
+    """The state that follows from the records, in their order."""
+    state = StudyState()
+    for record in records:
+        kind = record["kind"]
+        if kind == OPENED:
+            state.source, state.closed = record["source"], None
+            state.opened_at = state.opened_at or record["time"]
+        elif kind == TRIAL_ASKED:
+            number = record["trial"]
+            state.trials[number] = Trial(
+                number=number, origin=record["origin"], params=record["params"], runs=_by_int(record["runs"])
+            )
+        elif kind == TRIAL_TOLD:
+            trial = state.trials[record["trial"]]
+            trial.state, trial.value, trial.reason = record["state"], record["value"], record.get("reason", "")
+            trial.constraints, trial.intermediate = record["constraints"], _by_int(record["intermediate"])
+        elif kind == ARM_ASKED:
+            state.arms[record["arm"]] = Arm(
+                name=record["arm"], trial=record["trial"], params=record["params"], runs=_by_int(record["runs"])
+            )
+        elif kind == SUBMITTING:
+            attempt = Attempt(
+                run_id=record["run_id"], number=record["attempt"], tag=record["tag"],
+                resources=record["resources"], submitted=record["time"],
+            )  # fmt: skip
+            state.attempts[attempt.run_id, attempt.number] = attempt
+        elif kind == SUBMITTED:
+            state.attempts[record["run_id"], record["attempt"]].job_id = record["job_id"]
+        elif kind == STOP_ASKED:
+            state.attempts[record["run_id"], record["attempt"]].stop_reason = record["reason"]
+        elif kind == ENDED:
+            attempt = state.attempts[record["run_id"], record["attempt"]]
+            attempt.status, attempt.failure = record["status"], record["failure"]
+            attempt.seconds, attempt.gpus = record["seconds"], record["gpus"]
+        elif kind == CLOSED:
+            state.closed = record["reason"]
+        else:
+            raise ProtocolError(f"ledger: unknown kind of record {kind!r}", hint="it was written by a newer caddie")
+    return state
+
+
+class Ledger:
+    """One study's ledger file. Its only writer is the controller that holds the study's lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Put one decision on disk; it is durable when this returns. Raises StorageError."""
+        append_line(self.path, {"kind": kind, "time": time.time(), **fields}, durable=True)
+
+    def state(self) -> StudyState:
+        """Replay the file; raises ProtocolError with the place of a damaged line."""
+        try:
+            return replay(record for _, record in read_lines(self.path))
+        except KeyError as error:
+            raise ProtocolError(f"{self.path}: a record lacks or refers to the unknown {error}") from error
+
+    def drop_torn_line(self) -> None:
+        """Cut off a last line that a killed controller left without its end; only the lock's holder may call it."""
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            try:
+                os.truncate(self.path, whole)
+            except OSError as error:
+                raise storage_error(error, self.path) from error

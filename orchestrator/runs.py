@@ -1,0 +1,97 @@
+"""The run store: run directories by id, and their state read off their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.home import Home
+from trainer import protocol
+from trainer.config import Config, to_mapping
+from trainer.protocol import AttemptDir, Result, RunDir, Spec
+
+PLANNED, QUEUED, RUNNING = "planned", "queued", "running"
+"""States of a run without a result; with one, the state is the result's status."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What decides a run's identity, and who asked for it."""
+
+    preset: str
+    config: Config
+    seed: int
+    replicate: int = 0
+    data_dir: str
+    manifest_sha256: str
+    study: str = ""
+    trial: int | None = None
+
+
+def run_id_of(request: RunRequest, bundle_sha256: str) -> str:
+    """The same question has the same id: a hash of config, seed, replicate, data manifest and bundle."""
+    identity = [to_mapping(request.config), request.seed, request.replicate, request.manifest_sha256, bundle_sha256]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RunStore:
+    """Makes run directories and reads them."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def plan(self, request: RunRequest, *, bundle: bytes, code: dict[str, str]) -> RunDir:
+        """Write the spec and the bundle of a run, unless it was asked for before. Raises StorageError."""
+        bundle_sha256 = hashlib.sha256(bundle).hexdigest()
+        run = self.home.run(run_id_of(request, bundle_sha256))
+        if not run.spec.exists():
+            protocol.write_bytes_atomically(run.bundle, bundle)
+            protocol.write_spec(
+                run.spec,
+                Spec(
+                    run_id=run.run_id, seed=request.seed, replicate=request.replicate, preset=request.preset,
+                    config=to_mapping(request.config), data_dir=request.data_dir,
+                    manifest_sha256=request.manifest_sha256, bundle_sha256=bundle_sha256, code=code,
+                    study=request.study, trial=request.trial,
+                ),
+            )  # fmt: skip
+        return run
+
+    def ids(self) -> list[str]:
+        """Every run in the store."""
+        return sorted(path.parent.name for path in self.home.runs.glob(f"*/{RunDir(self.home.runs).spec.name}"))
+
+    def result(self, run_id: str) -> Result | None:
+        """The run's latest result, or None; a complete one wins over a later attempt's."""
+        results = [
+            protocol.read_result(attempt.result)
+            for attempt in self.home.run(run_id).attempts()
+            if attempt.result.exists()
+        ]
+        complete = [result for result in results if result.status == protocol.COMPLETE]
+        return (complete or results or [None])[-1]
+
+    def state(self, run_id: str) -> str:
+        """planned, queued, running, or the status of the result."""
+        attempts = self.home.run(run_id).attempts()
+        result = self.result(run_id)
+        if result is not None and (result.status == protocol.COMPLETE or attempts[-1].result.exists()):
+            return result.status
+        if not attempts:
+            return PLANNED
+        return RUNNING if attempts[-1].events.exists() else QUEUED
+
+    def events(self, attempt: AttemptDir, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (offset after it, event) from byte `offset`; raises ProtocolError for a damaged line."""
+        return protocol.read_lines(attempt.events, offset)
+
+    def deciding_attempt(self, run_id: str) -> AttemptDir | None:
+        """The attempt whose curve and result stand for the run: the complete one, else the latest."""
+        attempts = self.home.run(run_id).attempts()
+        for attempt in attempts:
+            if attempt.result.exists() and protocol.read_result(attempt.result).status == protocol.COMPLETE:
+                return attempt
+        return attempts[-1] if attempts else None

@@ -1,0 +1,86 @@
+"""The search space of a study: a range for each knob, checked against the trainer's configuration."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import ConfigError
+from trainer.config import Config, knob_value, knobs, nearest, with_knobs
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberRange:
+    """A knob between two bounds, both included; `log` searches its logarithm, `step` a grid."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    is_integer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A knob among named values."""
+
+    values: tuple[Any, ...]
+
+
+Range = NumberRange | Choice
+
+
+def parse_range(knob: str, table: Mapping[str, Any], config: Config) -> Range:
+    """Read one `[space."section.name"]` table; both ends must make a valid configuration. Raises ConfigError."""
+    knob_value(config, knob)  # refuses an unknown knob with the nearest name
+    place = f'[space."{knob}"]'
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{place} must be a table with low and high, or with choices; got {table!r}")
+    known = ("choices",) if "choices" in table else ("low", "high", "log", "step")
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{place} has no key {key!r}", hint=nearest(key, known))
+    if "choices" in table:
+        return _parse_choice(knob, place, table["choices"], config)
+    return _parse_numbers(knob, place, table, config)
+
+
+def _parse_choice(knob: str, place: str, values: Any, config: Config) -> Choice:
+    if not isinstance(values, list) or len(values) < 2:
+        raise ConfigError(f"{place} choices must be a list of at least two values, got {values!r}")
+    for value in values:
+        _must_be_valid(knob, place, value, config)
+    return Choice(values=tuple(tuple(value) if isinstance(value, list) else value for value in values))
+
+
+def _parse_numbers(knob: str, place: str, table: Mapping[str, Any], config: Config) -> NumberRange:
+    hint = knobs()[knob]
+    if hint not in (int, float):
+        name = getattr(hint, "__name__", str(typing.get_origin(hint) or hint))
+        raise ConfigError(f"{place} {knob} is of type {name}", hint="give its values as choices = [...]")
+    for key in ("low", "high"):
+        if type(table.get(key)) not in (int, float):
+            raise ConfigError(f"{place} needs a number {key}, got {table.get(key)!r}")
+    low, high, log, step = table["low"], table["high"], table.get("log", False), table.get("step")
+    if low >= high:
+        raise ConfigError(f"{place} low {low} must be below high {high}")
+    if not isinstance(log, bool):
+        raise ConfigError(f"{place} log must be true or false, got {log!r}")
+    if log and low <= 0:
+        raise ConfigError(f"{place} log needs low above 0, got {low}")
+    if step is not None and (type(step) not in (int, float) or step <= 0):
+        raise ConfigError(f"{place} step must be a number above 0, got {step!r}")
+    if log and step is not None:
+        raise ConfigError(f"{place} log and step cannot be combined; got step {step}")
+    _must_be_valid(knob, place, low, config)
+    _must_be_valid(knob, place, high, config)
+    return NumberRange(low=low, high=high, log=log, step=step, is_integer=hint is int)
+
+
+def _must_be_valid(knob: str, place: str, value: Any, config: Config) -> None:
+    try:
+        with_knobs(config, {knob: value})
+    except ConfigError as error:
+        raise ConfigError(f"{place} reaches a value that cannot be run: {error}", hint=error.hint) from error

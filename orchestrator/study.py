@@ -1,0 +1,247 @@
+"""Study files: a question in TOML, read strictly and checked completely before anything is submitted."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import ConfigError
+from orchestrator.home import SHIPPED_STUDIES
+from orchestrator.space import Range, parse_range
+from trainer.config import Config, from_mapping, knob_value, nearest, with_knobs
+from trainer.protocol import STAGES, TTT
+
+SAMPLERS = ("tpe", "random", "qmc", "gp", "cmaes")
+LAUNCHERS = ("local",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPlan:
+    """How the space is searched."""
+
+    trials: int
+    """Total number of trials, the preset's included; running the study again continues to this total."""
+
+    seeds: tuple[int, ...] = (1,)
+    """Seeds of every trial; kept apart from the confirmation's, or its result would be selected on them."""
+
+    sampler: str = "tpe"
+    """One of SAMPLERS."""
+
+    startup_trials: int = 4
+    """Random trials before the sampler's model is used."""
+
+    objective: str = TTT
+    """Stage whose bits per byte is minimised; see trainer.protocol.STAGES."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopEarlyPlan:
+    """When a running trial is given up: its training loss at a fraction of the steps is above the median of the others'."""
+
+    at_fracs: tuple[float, ...] = (0.5,)
+    """Fractions of schedule.steps at which the trial is compared."""
+
+    startup_trials: int = 4
+    """Finished trials before any is stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfirmPlan:
+    """Seeds on which the best point and the unchanged preset are run at the end."""
+
+    seeds: tuple[int, ...] = (42, 314, 999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a run takes and where it runs."""
+
+    launcher: str = "local"
+    """`local`: this machine, through submitit's local executor."""
+
+    slots: int = 2
+    """Runs at a time on a machine without GPUs; with GPUs it is the number of GPUs over `gpus_per_run`."""
+
+    gpus_per_run: int = 0
+    """GPUs of one run, each with one process under torchrun; 0 runs on the CPU."""
+
+    processes_per_run: int = 1
+    """Processes of one run on the CPU, under torchrun where more than one."""
+
+    timeout_minutes: float = 60.0
+    """Wall-clock after which an attempt is ended from outside."""
+
+    max_attempts: int = 3
+    """Attempts of a run whose failures were the machine's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One question, its space and its budget."""
+
+    name: str
+    question: str
+    preset: str
+    config: Config
+    """The preset with the study's own [set]."""
+
+    data: str
+    """Data set by name under CADDIE_HOME/data, or a path."""
+
+    space: dict[str, Range]
+    search: SearchPlan
+    stop_early: StopEarlyPlan | None
+    confirm: ConfirmPlan | None
+    resources: Resources
+    source: str
+    """The file's text."""
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()
+
+    def config_of(self, params: Mapping[str, Any]) -> Config:
+        """The configuration of one point of the space; raises ConfigError."""
+        return with_knobs(self.config, params)
+
+    def preset_params(self) -> dict[str, Any]:
+        """The point that is the unchanged preset."""
+        return {knob: knob_value(self.config, knob) for knob in self.space}
+
+    def warnings(self) -> list[str]:
+        """What can be run but weakens the result."""
+        found = []
+        shared = sorted(set(self.search.seeds) & set(self.confirm.seeds)) if self.confirm else []
+        if shared:
+            found.append(f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased")
+        if self.confirm and len(self.confirm.seeds) < 3:
+            found.append(f"{len(self.confirm.seeds)} confirmation seeds: a record needs three")
+        return found
+
+
+def _table(cls: type[Any], values: Any, place: str) -> Any:
+    """Build one table's dataclass, refusing unknown keys and wrong types."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{place} must be a table, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"{place} has no key {key!r}", hint=nearest(key, hints))
+    for f in fields(cls):
+        if f.default is MISSING and f.name not in values:
+            raise ConfigError(f"{place} needs {f.name}")
+    return cls(**{key: _typed(value, hints[key], f"{place} {key}") for key, value in values.items()})
+
+
+def _typed(value: Any, hint: Any, place: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list) or not value:
+            raise ConfigError(f"{place} must be a list with at least one value, got {value!r}")
+        items = tuple(_typed(item, typing.get_args(hint)[0], place) for item in value)
+        if len(set(items)) < len(items):
+            raise ConfigError(f"{place} names a value twice: {value}")
+        return items
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{place} must be of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def _require(holds: bool, rule: str, got: object) -> None:
+    if not holds:
+        raise ConfigError(f"{rule}, got {got!r}")
+
+
+def _check(study: Study) -> None:
+    """The rules that single tables cannot know."""
+    search, resources = study.search, study.resources
+    _require(bool(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", study.name)), "name must be lower-case letters, digits, '.', '_', '-'", study.name)
+    _require(search.trials >= 1, "[search] trials must be at least 1", search.trials)
+    for place, value, known in (
+        ("[search] sampler", search.sampler, SAMPLERS),
+        ("[search] objective", search.objective, STAGES),
+        ("[resources] launcher", resources.launcher, LAUNCHERS),
+    ):
+        if value not in known:
+            raise ConfigError(f"{place} must be one of {', '.join(known)}, got {value!r}", hint=nearest(value, known))
+    if search.objective == TTT and study.config.ttt.method == "off":
+        raise ConfigError('[search] objective is "ttt", but ttt.method is "off"', hint='take objective = "sliding"')
+    if study.stop_early:
+        for frac in study.stop_early.at_fracs:
+            _require(0 < frac < 1, "[stop_early] at_fracs must lie between 0 and 1", frac)
+    for name, low in (("slots", 1), ("gpus_per_run", 0), ("processes_per_run", 1), ("max_attempts", 1)):
+        _require(getattr(resources, name) >= low, f"[resources] {name} must be at least {low}", getattr(resources, name))
+    _require(resources.timeout_minutes > 0, "[resources] timeout_minutes must be above 0", resources.timeout_minutes)
+
+
+def load_preset(name: str) -> Config:
+    """The configuration of a preset: a shipped name, or the path of a TOML file. Raises ConfigError with its place."""
+    shipped = SHIPPED_STUDIES / "presets" / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else shipped
+    if not path.is_file():
+        known = sorted(p.stem for p in shipped.parent.glob("*.toml"))
+        raise ConfigError(f"there is no preset {name!r}", hint=nearest(name, known))
+    return _at(path, lambda: from_mapping(_parse_toml(path.read_text(encoding="utf-8"))))
+
+
+def parse_study(text: str) -> Study:
+    """Read and check a study's text; raises ConfigError that names the table, the value and the rule."""
+    tables = _parse_toml(text)
+    known = ("name", "question", "preset", "data", "set", "space", "search", "stop_early", "confirm", "resources")
+    for key in tables:
+        if key not in known:
+            raise ConfigError(f"a study has no key {key!r}", hint=nearest(key, known))
+    for key in ("name", "question", "preset", "data"):
+        if not isinstance(tables.get(key), str) or not tables[key]:
+            raise ConfigError(f"a study needs {key} = \"...\", got {tables.get(key)!r}")
+    for key in ("space", "search"):
+        if not isinstance(tables.get(key), Mapping) or not tables[key]:
+            raise ConfigError(f"a study needs a table [{key}] with entries")
+    config = with_knobs(load_preset(tables["preset"]), tables.get("set", {}))
+    study = Study(
+        name=tables["name"], question=tables["question"], preset=tables["preset"], config=config, data=tables["data"],
+        space={knob: parse_range(knob, table, config) for knob, table in tables["space"].items()},
+        search=_table(SearchPlan, tables["search"], "[search]"),
+        stop_early=_table(StopEarlyPlan, tables["stop_early"], "[stop_early]") if "stop_early" in tables else None,
+        confirm=_table(ConfirmPlan, tables["confirm"], "[confirm]") if "confirm" in tables else None,
+        resources=_table(Resources, tables.get("resources", {}), "[resources]"), source=text,
+    )  # fmt: skip
+    _check(study)
+    return study
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file; raises ConfigError with the file's name."""
+    if not path.is_file():
+        known = sorted(p.stem for p in SHIPPED_STUDIES.glob("*.toml"))
+        shipped = SHIPPED_STUDIES / f"{path.name}.toml"
+        if shipped.is_file():
+            path = shipped
+        else:
+            raise ConfigError(f"{path}: there is no such study file", hint=nearest(path.stem, known))
+    return _at(path, lambda: parse_study(path.read_text(encoding="utf-8")))
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from error
+
+
+def _at(path: Path, read: typing.Callable[[], Any]) -> Any:
+    """Put the file's name before an error's message."""
+    try:
+        return read()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", hint=error.hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error

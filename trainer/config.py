@@ -1,0 +1,518 @@
+"""The configuration of a run: frozen sections, checked when they are built. Standard library only.
+
+The defaults are PR openai/parameter-golf#1326 on 8 GPUs; a preset names only what differs. A knob is one value by its
+dotted name, `optim.muon_weight_decay`. Every technique can be switched off; its field says by which value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.errors import ConfigError
+
+
+def _between(default: Any, low: float | None = None, high: float | None = None, *, above: float | None = None) -> Any:
+    """A number in [low, high], or greater than `above`."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def _one_of(default: str, *choices: str) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
+
+class Section:
+    """A part of the configuration; checks the type and range of each field when it is built."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            place = f"{section_name(type(self))}.{f.name}"
+            value = _coerced(getattr(self, f.name), hints[f.name], place)
+            object.__setattr__(self, f.name, value)
+            _check_range(value, f.metadata, place)
+
+
+def _coerced(value: Any, hint: Any, place: str) -> Any:
+    """`value` in the field's type: an int may stand for a float, a list for a tuple; anything else is refused."""
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_coerced(item, typing.get_args(hint)[0], place) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint:
+        return value
+    raise ConfigError(f"{place} must be of type {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _check_range(value: Any, rule: Mapping[str, Any], place: str) -> None:
+    if "choices" in rule and value not in rule["choices"]:
+        raise ConfigError(f"{place} must be one of {', '.join(rule['choices'])}, got {value!r}", hint=nearest(value, rule["choices"]))
+    low, high, above = rule.get("low"), rule.get("high"), rule.get("above")
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{place} must be finite, got {number!r}")
+        if above is not None and number <= above:
+            raise ConfigError(f"{place} must be greater than {above}, got {number!r}")
+        if low is not None and number < low or high is not None and number > high:
+            bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
+            raise ConfigError(f"{place} must be {bounds}, got {number!r}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What the writer may have meant, as a hint."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The network of #1326."""
+
+    vocab_size: int = _between(4096, 8, 65536)
+    """Pieces of the tokenizer; shards hold uint16."""
+
+    layers: int = _between(11, 1)
+    """Physical layers; recurrence repeats some of them without adding parameters."""
+
+    width: int = _between(512, 8)
+    """Width of the residual stream."""
+
+    heads: int = _between(8, 1)
+    """Query heads."""
+
+    kv_heads: int = _between(4, 1)
+    """Key/value heads, each shared by heads / kv_heads query heads."""
+
+    mlp_ratio: float = _between(4.0, above=0)
+    """Hidden width of the MLP over the model's width."""
+
+    leaky_slope: float = _between(0.5, 0, 1)
+    """MLP activation leaky_relu(x, slope)²; 0 is the plain squared ReLU."""
+
+    rope_dims: int = _between(16, 0)
+    """Leading dimensions of each head that are rotated; 0 switches positions off."""
+
+    rope_base: float = _between(10000.0, above=0)
+    """Base of the rotary frequencies, at the training length."""
+
+    qk_norm: bool = True
+    """RMS-normalise queries and keys per head."""
+
+    qk_gain: float = _between(5.0, 0)
+    """Initial value of the learned gain per query head; 0 leaves the gain out."""
+
+    xsa_layers: int = _between(11, 0)
+    """Last n layers that remove from each head's output its part along the position's own value; 0 is off."""
+
+    value_embedding_dim: int = _between(128, 0)
+    """Width of the table of value embeddings; 0 is off."""
+
+    value_embedding_layers: tuple[int, ...] = (9, 10)
+    """Physical layers whose values receive the value embedding."""
+
+    ln_scale: bool = True
+    """Multiply each block's normalised inputs by 1 / sqrt(layer + 1)."""
+
+    residual_mix: bool = True
+    """Learned mix of the stream with the embedding x0 at each block's entry."""
+
+    skips: str = _one_of("gated", "gated", "plain", "off")
+    """U-Net skips from the first half of the (virtual) layers to the second."""
+
+    tie_embeddings: bool = True
+    """Use the token table as the output head."""
+
+    logit_softcap: float = _between(30.0, 0)
+    """Logits are c · tanh(logits / c); 0 is off."""
+
+    embedding_std: float = _between(0.005, above=0)
+    """Standard deviation of the token table at the start."""
+
+    recurrence_layers: tuple[int, ...] = (4, 5)
+    """Consecutive physical layers that are run again once recurrence is on; empty is off."""
+
+    recurrence_passes: int = _between(1, 0)
+    """Extra passes through them; 0 is off."""
+
+    parallel_start_layer: int = _between(7, -1)
+    """First physical layer with two lanes, attention on one and MLP on the other; -1 keeps one stream."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        head_dim = self.width // self.heads
+        for broken, rule in (
+            (self.width % self.heads, f"width {self.width} must be a multiple of heads {self.heads}"),
+            (self.heads % self.kv_heads, f"heads {self.heads} must be a multiple of kv_heads {self.kv_heads}"),
+            (self.rope_dims % 2, f"rope_dims {self.rope_dims} must be even"),
+            (self.rope_dims > head_dim, f"rope_dims {self.rope_dims} must not exceed the head's {head_dim}"),
+            (self.xsa_layers > self.layers, f"xsa_layers {self.xsa_layers} must not exceed layers {self.layers}"),
+            (self.parallel_start_layer >= self.layers, f"parallel_start_layer {self.parallel_start_layer} must be below layers {self.layers}"),
+        ):
+            if broken:
+                raise ConfigError(f"model: {rule}")
+        for name in ("value_embedding_layers", "recurrence_layers"):
+            for layer in getattr(self, name):
+                if not 0 <= layer < self.layers:
+                    raise ConfigError(f"model.{name} names layer {layer}, the model has 0 to {self.layers - 1}")
+        loop = self.recurrence_layers
+        if loop and loop != tuple(range(loop[0], loop[0] + len(loop))):
+            raise ConfigError(f"model.recurrence_layers must be consecutive, got {list(loop)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_ratio * self.width)
+
+    @property
+    def has_recurrence(self) -> bool:
+        return bool(self.recurrence_layers) and self.recurrence_passes > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """What a step of training reads."""
+
+    tokens_per_step: int = _between(786_432, 1)
+    """Tokens of one optimiser step over all GPUs, whatever their number."""
+
+    sequence_length: int = _between(2048, 2)
+    """Tokens of one training sequence."""
+
+    micro_batch_sequences: int = _between(48, 1)
+    """Most sequences that one GPU takes through the network at once; the rest is accumulated."""
+
+    order_seed: int = _between(-1, -1)
+    """Seed of the order of the training data; -1 takes the run's seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_step % self.sequence_length:
+            raise ConfigError(
+                f"data.tokens_per_step {self.tokens_per_step} must be a multiple of data.sequence_length {self.sequence_length}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Section):
+    """How a run moves through its budget. A fraction is of the time budget or of the steps, as `clock` says."""
+
+    clock: str = _one_of("time", "time", "step")
+    """`time`: fractions of limits.train_seconds less the reserve; `step`: fractions of `steps`, the same on any machine."""
+
+    steps: int = _between(20_000, 1)
+    """Most optimiser steps."""
+
+    warmdown_frac: float = _between(0.667, 0, 1)
+    """Last part, over which learning rates fall linearly to the floor; 0 keeps them constant."""
+
+    lr_floor: float = _between(0.0, 0, 1)
+    """Factor of the base learning rates at the end."""
+
+    recurrence_start_step: int = _between(3000, 0)
+    """Recurrence is off before this step ..."""
+
+    recurrence_start_frac: float = _between(0.0, 0, 1)
+    """... and before this fraction."""
+
+    warmup_steps: int = _between(20, 0)
+    """Steps on random tokens before the clock starts, in both graphs, undone afterwards; they absorb compilation."""
+
+    log_every: int = _between(50, 1)
+    """Steps between two metric events; the first ten steps are always logged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """MuonEq-R for matrices, AdamW for embeddings and for vectors."""
+
+    matrix_lr: float = _between(0.02, 0)
+    """Muon's learning rate."""
+
+    muon_momentum: float = _between(0.99, 0, 1)
+    """Nesterov momentum after the ramp."""
+
+    muon_momentum_start: float = _between(0.92, 0, 1)
+    """Momentum at step 0."""
+
+    muon_momentum_ramp_steps: int = _between(1500, 0)
+    """Steps over which momentum rises linearly; 0 is off."""
+
+    muon_weight_decay: float = _between(0.09, 0)
+    """Decoupled decay of matrices: W is multiplied by 1 - lr · decay."""
+
+    muon_row_normalize: bool = True
+    """MuonEq-R: every row of the momentum matrix gets unit length before it is orthogonalised."""
+
+    newton_schulz_steps: int = _between(5, 1, 20)
+    """Iterations of the orthogonalisation."""
+
+    embedding_lr: float = _between(0.03, 0)
+    """AdamW's learning rate for the token and value tables (tied)."""
+
+    embedding_weight_decay: float = _between(0.09, 0)
+    """Decoupled decay of the tables."""
+
+    head_lr: float = _between(0.008, 0)
+    """AdamW's learning rate for an untied output head."""
+
+    scalar_lr: float = _between(0.02, 0)
+    """AdamW's learning rate for vectors and scalars."""
+
+    scalar_weight_decay: float = _between(0.02, 0)
+    """Decoupled decay of vectors and scalars."""
+
+    adam_beta1: float = _between(0.9, 0, 0.999999)
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: float = _between(0.95, 0, 0.999999)
+    """Decay of AdamW's second moment."""
+
+    adam_eps: float = _between(1e-8, above=0)
+    """AdamW's denominator floor."""
+
+    grad_clip_norm: float = _between(0.3, 0)
+    """Largest global gradient norm; 0 is off."""
+
+    ema_decay: float = _between(0.997, 0, 0.999999)
+    """Decay of the weight average that is quantised, from step 0 without bias correction; 0 is off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig(Section):
+    """From float weights to the model file."""
+
+    method: str = _one_of("gptq", "gptq", "rtn")
+    """`gptq`: error feedback through the inputs' second moments; `rtn`: round to nearest."""
+
+    matrix_bits: int = _between(6, 2, 8)
+    """Bits of a block matrix's weight, symmetric, without the most negative value."""
+
+    embedding_bits: int = _between(8, 2, 8)
+    """Bits of a table's entry."""
+
+    clip_quantiles: tuple[float, ...] = _between((0.9990, 0.9995, 0.9999, 0.99999, 1.0), 0.5, 1)
+    """Candidates for a row's clipping point, as quantiles of its absolute weights."""
+
+    clip_criterion: str = _one_of("weight", "weight", "output")
+    """Error that chooses a row's candidate: `weight` plain, `output` weighted by the inputs' second moments."""
+
+    embedding_clip_quantile: float = _between(0.9999984, 0.5, 1)
+    """Clipping point of a table's row."""
+
+    calibration_steps: int = _between(64, 1)
+    """Training batches that GPTQ's second moments are taken from."""
+
+    damping: float = _between(0.01, above=0)
+    """Added to the second moments' diagonal, as a part of its mean."""
+
+    block_columns: int = _between(128, 1)
+    """Columns between two lazy updates of the rest."""
+
+    act_order: bool = True
+    """Take columns by falling second moment."""
+
+    brotli_quality: int = _between(11, 0, 11)
+    """Effort of the final compression."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """How a stored model is scored."""
+
+    sequence_length: int = _between(2048, 2)
+    """Longest context plus one scored position."""
+
+    stride: int = _between(64, 1)
+    """Positions between two sliding windows; each scores its last `stride` positions, the first scores all."""
+
+    batch_windows: int = _between(32, 1)
+    """Windows a GPU scores at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride > self.sequence_length:
+            raise ConfigError(f"evaluation.stride {self.stride} must not exceed evaluation.sequence_length {self.sequence_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTTConfig(Section):
+    """Score-first test-time training, after #461 / #549 / #1326."""
+
+    method: str = _one_of("sgd", "sgd", "off")
+    """`sgd` on all weights that are not frozen, or `off`."""
+
+    lr: float = _between(0.002, 0)
+    """Learning rate of the first chunk; a cosine over chunks takes it to 0."""
+
+    momentum: float = _between(0.9, 0, 0.999999)
+    """SGD momentum; its buffer lives through all chunks."""
+
+    epochs: int = _between(3, 0)
+    """Passes over a chunk after it has been scored."""
+
+    chunk_tokens: int = _between(32_768, 1)
+    """Positions that are scored before the weights learn from them."""
+
+    batch_sequences: int = _between(32, 1)
+    """Sequences of one update, over all GPUs."""
+
+    grad_clip_norm: float = _between(1.0, 0)
+    """Largest global gradient norm; 0 is off."""
+
+    frozen_blocks: int = _between(0, 0)
+    """First blocks that do not learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig(Section):
+    """The budget. Defaults are the challenge's, on 8 H100."""
+
+    train_seconds: float = _between(600.0, above=0)
+    """Wall-clock of the training loop, calibration included."""
+
+    reserve_seconds: float = _between(10.0, 0)
+    """Part of it that is kept for GPTQ's calibration."""
+
+    eval_seconds: float = _between(600.0, above=0)
+    """Wall-clock of the scored evaluation."""
+
+    artifact_bytes: int = _between(16_000_000, 1)
+    """Cap on bundle plus model file, decimal bytes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reserve_seconds >= self.train_seconds:
+            raise ConfigError(f"limits.reserve_seconds {self.reserve_seconds} must be below limits.train_seconds {self.train_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(Section):
+    """How the machine is used; does not change the mathematics beyond rounding."""
+
+    device: str = _one_of("auto", "auto", "cpu", "cuda")
+    """`auto` takes a GPU where there is one."""
+
+    precision: str = _one_of("auto", "auto", "float32", "bfloat16")
+    """Of matrix products; `auto` is bfloat16 on a GPU and float32 on a CPU. Weights are float32."""
+
+    compile: bool = True
+    """Compile the network with torch.compile, each recurrence state as its own graph."""
+
+    cpu_threads: int = _between(0, 0)
+    """Threads a process uses on a CPU; 0 leaves it to torch. A fixed number makes CPU runs repeat bit for bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A complete configuration."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        length, chunk = self.evaluation.sequence_length, self.ttt.chunk_tokens
+        if self.ttt.method != "off":
+            if chunk % length or chunk % self.evaluation.stride or length % self.evaluation.stride:
+                raise ConfigError(
+                    f"ttt.chunk_tokens {chunk} must be a multiple of evaluation.sequence_length {length}, and both of "
+                    f"evaluation.stride {self.evaluation.stride}, so that no window scores two chunks"
+                )
+            if self.ttt.frozen_blocks > self.model.layers:
+                raise ConfigError(f"ttt.frozen_blocks {self.ttt.frozen_blocks} must not exceed model.layers {self.model.layers}")
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: hint for name, hint in typing.get_type_hints(Config).items() if isinstance(hint, type)
+}
+
+
+def section_name(cls: type[Section]) -> str:
+    """The section's name in dotted knobs and in TOML."""
+    return next((name for name, section in SECTIONS.items() if section is cls), cls.__name__)
+
+
+def knobs() -> dict[str, Any]:
+    """Every knob by its dotted name, with its type."""
+    return {
+        f"{section}.{name}": hint
+        for section, cls in SECTIONS.items()
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+
+
+def from_mapping(values: Mapping[str, Mapping[str, Any]], base: Config | None = None) -> Config:
+    """`base` (the defaults) with the given values, refusing every section and key that does not exist."""
+    base = base or Config()
+    changed: dict[str, Any] = {}
+    for section, entries in values.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"there is no section [{section}]", hint=nearest(section, SECTIONS))
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"[{section}] must be a table, got {entries!r}")
+        names = [f.name for f in dataclasses.fields(SECTIONS[section])]  # type: ignore[arg-type]
+        for key in entries:
+            if key not in names:
+                raise ConfigError(f"[{section}] has no key {key!r}", hint=nearest(key, names))
+        changed[section] = dataclasses.replace(getattr(base, section), **entries)
+    return dataclasses.replace(base, **changed)
+
+
+def with_knobs(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with knobs set by their dotted names; raises ConfigError with the nearest name for an unknown one."""
+    sections: dict[str, dict[str, Any]] = {}
+    for knob, value in values.items():
+        if knob not in knobs():
+            raise ConfigError(f"there is no knob {knob!r}", hint=nearest(knob, knobs()))
+        section, _, name = knob.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return from_mapping(sections, config)
+
+
+def knob_value(config: Config, knob: str) -> Any:
+    """The value of one knob; raises ConfigError with the nearest name for an unknown one."""
+    if knob not in knobs():
+        raise ConfigError(f"there is no knob {knob!r}", hint=nearest(knob, knobs()))
+    section, _, name = knob.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
+    """The whole configuration as plain JSON values."""
+    return {
+        name: {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(section).items()}
+        for name, section in ((name, getattr(config, name)) for name in SECTIONS)
+    }
+
+
+def parse_value(knob: str, text: str) -> Any:
+    """A knob's value from a command line; raises ConfigError where the text is not of its type."""
+    hint = knobs().get(knob)
+    if hint is None:
+        raise ConfigError(f"there is no knob {knob!r}", hint=nearest(knob, knobs()))
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(hint, types.GenericAlias):
+            item = typing.get_args(hint)[0]
+            return tuple(item(part) for part in text.split(",") if part.strip())
+        return hint(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{knob} is of type {getattr(hint, '__name__', hint)}, got {text!r}") from error

@@ -1,0 +1,377 @@
+"""The files of a run directory: the one contract between the planes. Standard library only.
+
+    runs/<run_id>/spec.json, train_gpt.py              orchestrator, before launch, never changed
+    runs/<run_id>/attempts/N/job.json                  orchestrator, at submission
+    runs/<run_id>/attempts/N/claim.json, env.json      worker, when the job starts
+    runs/<run_id>/attempts/N/stop                      orchestrator: please stop (an empty file)
+    runs/<run_id>/attempts/N/events.jsonl              trainer, rank 0, append-only
+    runs/<run_id>/attempts/N/result.json               trainer (or worker), whole, last
+    runs/<run_id>/artifact.bin, checkpoint/            trainer
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import ProtocolError, StorageError
+
+PROTOCOL = 1
+
+# Stages of evaluation, in the order in which a run reaches them.
+POST_EMA, ROUNDTRIP, SLIDING, TTT = STAGES = ("post_ema", "roundtrip", "sliding", "ttt")
+
+# Kinds of event.
+START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpoint", "warning"
+
+# Status of a result.
+COMPLETE, FAILED, STOPPED = "complete", "failed", "stopped"
+
+# Kinds of failure. The first line's are the machine's: the run is attempted again. The others belong to the configuration.
+INFRASTRUCTURE, TIMEOUT = "infrastructure", "timeout"
+CONFIG, DATA, OUT_OF_MEMORY, NOT_FINITE, OVER_CAP, PARITY, DISK, CODE = (
+    "config", "data", "out_of_memory", "not_finite", "over_cap", "parity", "disk", "code",
+)  # fmt: skip
+RETRYABLE = frozenset({INFRASTRUCTURE})
+
+
+@dataclass(frozen=True)
+class AttemptDir:
+    """Names every file of one execution of a run."""
+
+    root: Path
+
+    @property
+    def number(self) -> int:
+        return int(self.root.name)
+
+    @property
+    def job(self) -> Path:
+        return self.root / "job.json"
+
+    @property
+    def claim(self) -> Path:  # made by exclusive creation: a second copy of the same attempt finds it and leaves
+        return self.root / "claim.json"
+
+    @property
+    def env(self) -> Path:
+        return self.root / "env.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "stop"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def stdout(self) -> Path:
+        return self.root / "stdout.log"
+
+    @property
+    def stderr(self) -> Path:
+        return self.root / "stderr.log"
+
+    @property
+    def scheduler(self) -> Path:  # the scheduler's own files; fresh for each attempt, so that no old answer is found
+        return self.root / "scheduler"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Names every file of a run; no other module spells a file name."""
+
+    root: Path
+
+    @property
+    def run_id(self) -> str:
+        return self.root.name
+
+    @property
+    def spec(self) -> Path:
+        return self.root / "spec.json"
+
+    @property
+    def bundle(self) -> Path:
+        return self.root / "train_gpt.py"
+
+    @property
+    def artifact(self) -> Path:
+        return self.root / "artifact.bin"
+
+    @property
+    def weights(self) -> Path:  # final averaged weights, unquantised, in the flat format
+        return self.root / "checkpoint" / "weights.bin"
+
+    def attempt(self, number: int) -> AttemptDir:
+        return AttemptDir(self.root / "attempts" / str(number))
+
+    def attempts(self) -> list[AttemptDir]:
+        """The attempts made so far, oldest first."""
+        folder = self.root / "attempts"
+        if not folder.is_dir():
+            return []
+        return [AttemptDir(path) for path in sorted(folder.iterdir(), key=lambda path: int(path.name))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything a run is asked to do. Written before the launch, never changed."""
+
+    run_id: str
+    seed: int
+    replicate: int
+    preset: str
+    config: dict[str, dict[str, Any]]
+    data_dir: str
+    manifest_sha256: str
+    bundle_sha256: str
+    code: dict[str, str]
+    """`git_sha` of the orchestrator's checkout and `diff_sha256` of its uncommitted changes, where there is one."""
+
+    study: str = ""
+    """Study that asked first; another may ask for the same run and is told the same result."""
+
+    trial: int | None = None
+    protocol: int = PROTOCOL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    kind: str
+    message: str
+    log: str = ""
+    """Path of the log and its last lines, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One evaluation: sums over the scored positions, in float64."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    loss: float
+    """Nats per token."""
+
+    bpb: float
+    """Bits per byte."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What an attempt ended with."""
+
+    run_id: str
+    attempt: int
+    status: str
+    seed: int
+    failure: Failure | None = None
+    steps: int = 0
+    tokens: int = 0
+    """Training tokens seen."""
+
+    train_seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase, on the one clock from process start."""
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    parity_nats: float | None = None
+    """First TTT chunk before any update minus the sliding score of the same tokens, nats per token."""
+
+    bundle_bytes: int = 0
+    model_bytes: int = 0
+    artifact_bytes: int = 0
+    cap_bytes: int = 0
+    parameters: int = 0
+    world_size: int = 1
+    device: str = ""
+    peak_memory_bytes: int = 0
+    artifact_sha256: str = ""
+    bundle_sha256: str = ""
+    final_train_loss: float | None = None
+    protocol: int = PROTOCOL
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """The same failure in words that name the remedy."""
+    hints = {
+        errno.ENOSPC: "free some space, or set CADDIE_HOME to a larger disk; nothing was lost: run the command again",
+        errno.EDQUOT: "the quota is used up: free some space, or set CADDIE_HOME to another disk",
+        errno.EROFS: "the file system is read-only: set CADDIE_HOME to a directory that can be written",
+        errno.EACCES: "no permission to write there: set CADDIE_HOME to a directory of your own",
+    }
+    reason = error.strerror or str(error)
+    return StorageError(f"{path}: cannot be written: {reason}", hint=hints.get(error.errno or 0))
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees all of it or none of it; raises StorageError."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def write_json_atomically(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON so that a reader sees all of it or none of it; raises StorageError."""
+    write_bytes_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object; raises ProtocolError, FileNotFoundError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"{path}: not a JSON object: {error}", hint="the file is damaged; move it away") from error
+    if not isinstance(content, dict):
+        raise ProtocolError(f"{path}: not a JSON object but a {type(content).__name__}")
+    return content
+
+
+def append_line(path: Path, record: Mapping[str, object], *, durable: bool = False) -> None:
+    """Append one JSON object as one line, by one write; `durable` also waits for the disk. Raises StorageError."""
+    line = (json.dumps(record, separators=(",", ":")) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the line, object) for each finished line from byte `offset`.
+
+    A last line with no newline is still being written and is left for later; a damaged one before it raises
+    ProtocolError with its place.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as lines:
+        lines.seek(offset)
+        for line in lines:
+            if not line.endswith(b"\n"):
+                return
+            start, offset = offset, offset + len(line)
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ProtocolError(
+                    f"{path}: byte {start}: not a JSON object: {line[:80]!r}",
+                    hint="the line is damaged; delete it, or move the attempt's directory away",
+                ) from error
+            if not isinstance(record, dict):
+                raise ProtocolError(f"{path}: byte {start}: not a JSON object: {line[:80]!r}")
+            yield offset, record
+
+
+def _from_record(cls: type[Any], record: Mapping[str, Any], path: Path) -> Any:
+    """Build a dataclass of the contract from a file's object, naming what is missing or unknown."""
+    names = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(record) - set(names))
+    missing = sorted(
+        name
+        for name, f in names.items()
+        if name not in record and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
+    if unknown or missing:
+        raise ProtocolError(f"{path}: {cls.__name__.lower()} has unknown keys {unknown} and lacks {missing}")
+    return cls(**record)
+
+
+def read_spec(path: Path) -> Spec:
+    """Read `spec.json`; raises ProtocolError for another protocol or a damaged file."""
+    record = read_json(path)
+    if record.get("protocol") != PROTOCOL:
+        raise ProtocolError(
+            f"{path}: protocol {record.get('protocol')!r}, this code speaks {PROTOCOL}",
+            hint="use the version of caddie that wrote the run, or ask for the run again",
+        )
+    return _from_record(Spec, record, path)
+
+
+def read_result(path: Path) -> Result:
+    """Read `result.json`; raises ProtocolError."""
+    record = read_json(path)
+    if record.get("failure"):
+        record["failure"] = _from_record(Failure, record["failure"], path)
+    record["scores"] = {stage: _from_record(Score, score, path) for stage, score in record.get("scores", {}).items()}
+    return _from_record(Result, record, path)
+
+
+def write_spec(path: Path, spec: Spec) -> None:
+    write_json_atomically(path, dataclasses.asdict(spec))
+
+
+def write_result(path: Path, result: Result) -> None:
+    write_json_atomically(path, dataclasses.asdict(result))
+
+
+def process_started() -> float:
+    """Unix time at which this process started: the zero of its event clock."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
+
+
+class EventLog:
+    """The event file of one attempt; `t` of each line is seconds since the process started. A log without a path is silent."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.started = process_started()
+        self._zero = time.monotonic() - (time.time() - self.started)
+
+    def seconds(self) -> float:
+        """Seconds since the process started."""
+        return time.monotonic() - self._zero
+
+    def emit(self, kind: str, **fields: object) -> None:
+        """Append one event; raises StorageError."""
+        if self.path is not None:
+            append_line(self.path, {"kind": kind, "t": round(self.seconds(), 4), **fields})
+
+    def metrics(self, step: int, train_seconds: float, **values: float) -> None:
+        """Append the values measured at one step."""
+        self.emit(METRIC, step=step, train_seconds=round(train_seconds, 4), values=values)
