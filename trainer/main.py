@@ -1,0 +1,299 @@
+"""One attempt of a run, from its directory to its result: load, warm up, train, calibrate, pack, score.
+
+    python train_gpt.py RUN_DIR --attempt N        (or under torchrun, one process a GPU)
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import artifact, protocol
+from trainer.config import Config, from_mapping
+from trainer.data import Dataset
+from trainer.distributed import World, start_world
+from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
+from trainer.evaluate import Evaluation, Stream, evaluate, plan_windows
+from trainer.gptq import quantize_matrix, quantize_table
+from trainer.model import Model
+from trainer.optim import parameter_groups
+from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Spec
+from trainer.train import Network, NotFiniteError, calibrate, train, warm_up
+from trainer.ttt import ParityError, SGDAdapter, require_parity
+
+LOG_LINES = 40  # of a traceback, kept in the result
+RUNNING_SCORES = 50  # events of a TTT pass, at most
+
+FAILURES: tuple[tuple[type[BaseException], str], ...] = (
+    (ConfigError, protocol.CONFIG),
+    (DataError, protocol.DATA),
+    (StorageError, protocol.DISK),
+    (ProtocolError, protocol.DATA),
+    (NotFiniteError, protocol.NOT_FINITE),
+    (ParityError, protocol.PARITY),
+    (torch.OutOfMemoryError, protocol.OUT_OF_MEMORY),
+    (MemoryError, protocol.OUT_OF_MEMORY),
+)
+
+
+class StopAsked(BaseException):  # not an Exception: no handler of an ordinary failure may take it
+    """Somebody wants this attempt to end."""
+
+
+@dataclass
+class StopSignal:
+    """SIGTERM, heard at the next step of training, and at once anywhere else."""
+
+    is_asked: bool = False
+    waits_for_step: bool = False
+
+    def hear(self, _number: int, _frame: object) -> None:
+        self.is_asked = True
+        if not self.waits_for_step:
+            raise StopAsked
+
+
+@dataclass
+class Run:
+    """What the phases of one attempt share."""
+
+    directory: RunDir
+    spec: Spec
+    config: Config
+    world: World
+    log: EventLog
+    stop: StopSignal
+    found: dict[str, Any] = field(default_factory=dict)
+    """Fields of the result, as they become known."""
+
+    def phase(self, name: str) -> Any:
+        return self.log.phase(name, self.world.synchronize)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one attempt; returns the exit code. The result file says everything else."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--attempt", type=int, default=1)
+    options = parser.parse_args(arguments)
+    directory = RunDir(options.run_dir.resolve())
+    stop = StopSignal()
+    signal.signal(signal.SIGTERM, stop.hear)
+    try:
+        spec = protocol.read_spec(directory.spec)
+        config = from_mapping(spec.config)
+        world = start_world(config.runtime)
+    except (CaddieError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    attempt = directory.attempt(options.attempt)
+    log = EventLog(attempt.events if world.is_first else None)
+    return attempt_run(Run(directory, spec, config, world, log, stop), attempt)
+
+
+def attempt_run(run: Run, attempt: AttemptDir) -> int:
+    """Execute the phases and write the result, whatever happens; returns the exit code."""
+    status, failure, code = protocol.COMPLETE, None, 0
+    try:
+        execute(run)
+        failure = over_cap(run)
+        status = protocol.FAILED if failure else run.found.pop("status", protocol.COMPLETE)
+    except StopAsked:
+        status = protocol.STOPPED
+    except Exception as error:
+        status, failure = protocol.FAILED, describe(error, attempt)
+        code = getattr(error, "exit_code", 1)
+        traceback.print_exc()
+        if isinstance(error, CaddieError) and error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+    if run.world.is_first:
+        protocol.write_result(attempt.result, result_of(run, attempt, status, failure))
+    if code == 0:
+        run.world.close()
+    return code
+
+
+def describe(error: Exception, attempt: AttemptDir) -> Failure:
+    """The failure's kind, in the words of the contract."""
+    kind = next((kind for cls, kind in FAILURES if isinstance(error, cls)), protocol.CODE)
+    if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+        kind = protocol.OUT_OF_MEMORY
+    lines = traceback.format_exc().splitlines()[-LOG_LINES:]
+    return Failure(kind=kind, message=f"{type(error).__name__}: {error}", log="\n".join([f"{attempt.stderr}:", *lines]))
+
+
+def over_cap(run: Run) -> Failure | None:
+    """The failure of a run whose artifact is too large; its scores stand beside it, for the search to learn from."""
+    size, cap = run.found.get("artifact_bytes", 0), run.config.limits.artifact_bytes
+    if size <= cap:
+        return None
+    return Failure(kind=protocol.OVER_CAP, message=f"the artifact has {size} bytes, the cap is {cap}: {size - cap} too many")
+
+
+def result_of(run: Run, attempt: AttemptDir, status: str, failure: Failure | None) -> Result:
+    return Result(
+        run_id=run.spec.run_id, attempt=attempt.number, status=status, seed=run.spec.seed, failure=failure,
+        phases=run.log.phases, world_size=run.world.size, device=device_name(run.world),
+        peak_memory_bytes=run.world.peak_memory_bytes(), cap_bytes=run.config.limits.artifact_bytes,
+        bundle_sha256=run.spec.bundle_sha256, **run.found,
+    )  # fmt: skip
+
+
+def device_name(world: World) -> str:
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+
+
+def execute(run: Run) -> None:
+    """All phases, in order; what becomes known goes into `run.found`."""
+    config, world = run.config, run.world
+    run.log.emit(
+        protocol.START, time=time.time(), seed=run.spec.seed, device=device_name(world), torch=torch.__version__,
+        world_size=world.size, run_id=run.spec.run_id,
+    )  # fmt: skip
+    with run.phase("load"):
+        dataset = Dataset.open(Path(run.spec.data_dir), config.model.vocab_size, run.spec.manifest_sha256)
+        torch.manual_seed(run.spec.seed)
+        model = Model(config.model, train_length=config.data.sequence_length).to(world.device)
+        network = Network(model, config, world)
+        run.found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    if config.schedule.warmup_steps:
+        with run.phase("warm_up"):
+            warm_up(model, network, config, world)
+    run.stop.waits_for_step = True
+    with run.phase("train"):
+        outcome = train(
+            model, network, dataset, config=config, seed=run.spec.seed, world=world, log=run.log,
+            stop_asked=lambda: run.stop.is_asked,
+        )  # fmt: skip
+    run.stop.waits_for_step = False
+    run.found.update(
+        steps=outcome.steps, tokens=outcome.tokens, train_seconds=outcome.train_seconds,
+        final_train_loss=outcome.final_train_loss,
+    )  # fmt: skip
+    if outcome.was_stopped:
+        run.found["status"] = protocol.STOPPED
+        return
+    pack(run, model, dataset, outcome.is_recurrent)
+    score(run, model, dataset, outcome.is_recurrent)
+
+
+def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
+    """Quantise the averaged weights, compress them under the cap and write `artifact.bin`."""
+    config, world = run.config, run.world
+    moments: dict[str, torch.Tensor] = {}
+    if config.quant.method == "gptq":
+        with run.phase("calibrate"):
+            moments = calibrate(model, dataset, config=config, seed=run.spec.seed, recurrent=recurrent, world=world)
+        run.found["train_seconds"] += run.log.phases["calibrate"]
+    if world.is_first:
+        bundle_bytes = run.directory.bundle.stat().st_size
+        with run.phase("quantize"):
+            tensors = quantize(run, model, moments)
+        with run.phase("pack"):
+            meta = {"config": run.spec.config, "recurrent": recurrent}
+            compressed, pruned = artifact.fit(
+                artifact.ModelFile(meta, tensors), cap_bytes=config.limits.artifact_bytes - bundle_bytes,
+                quality=config.quant.brotli_quality,
+            )  # fmt: skip
+            protocol.write_bytes_atomically(run.directory.artifact, compressed)
+            weights = artifact.encode(artifact.ModelFile(meta, dict(model.state_dict())))
+            protocol.write_bytes_atomically(run.directory.weights, weights)
+        if pruned:
+            run.log.emit(protocol.WARNING, name="pruned", weights=pruned)
+        run.found.update(
+            bundle_bytes=bundle_bytes, model_bytes=len(compressed), artifact_bytes=bundle_bytes + len(compressed),
+            artifact_sha256=hashlib.sha256(compressed).hexdigest(),
+        )  # fmt: skip
+    world.agree(0.0)  # the others read the file only now
+
+
+def quantize(run: Run, model: Model, moments: dict[str, torch.Tensor]) -> dict[str, artifact.Stored]:
+    """Every tensor of the model in the form in which it is stored: #1326's, with learned vectors left in float32."""
+    config = run.config.quant
+    matrices = {f"{name}.weight": name for name, _, _ in model.matrices()}
+    group_of = {id(parameter): group for group, members in parameter_groups(model).items() for parameter in members}
+    tensors: dict[str, artifact.Stored] = {}
+    for name, parameter in model.named_parameters():
+        tensor, group = parameter.detach(), group_of[id(parameter)]
+        if name in matrices:
+            tensors[name], has_feedback = quantize_matrix(tensor, moments.get(matrices[name]), config)
+            if config.method == "gptq" and not has_feedback:
+                run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)
+        elif group in ("embedding", "head"):
+            tensors[name] = quantize_table(tensor, config)
+        else:
+            tensors[name] = tensor if group == "scalar" else tensor.half()
+    return tensors
+
+
+def stored_model(run: Run) -> tuple[Model, bool]:
+    """A fresh model from `artifact.bin`, and whether its repeated layers are on. Raises ProtocolError."""
+    path = run.directory.artifact
+    file = artifact.load(path.read_bytes(), str(path))
+    config = from_mapping(file.meta["config"])
+    model = Model(config.model, train_length=config.data.sequence_length)
+    model.load_state_dict(file.state())
+    return model.to(run.world.device), bool(file.meta["recurrent"])
+
+
+def score(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
+    """Score the averaged weights, then the stored model: flat, sliding, and with test-time training."""
+    tokens_N = dataset.validation_tokens()
+    target_bytes = dataset.byte_counts().bytes_of_targets(tokens_N[:-1], tokens_N[1:])
+    stream = Stream(tokens_N.to(run.world.device), target_bytes.to(run.world.device))
+    stage_score(run, protocol.POST_EMA, model, stream, recurrent)
+    stored, recurrent = stored_model(run)
+    stage_score(run, protocol.ROUNDTRIP, stored, stream, recurrent)
+    sliding = stage_score(run, protocol.SLIDING, stored, stream, recurrent)
+    if run.config.ttt.method == "off":
+        return
+    fresh, recurrent = stored_model(run)  # weights that no evaluation has touched
+    adapted = stage_score(run, protocol.TTT, fresh, stream, recurrent)
+    run.found["parity_nats"] = require_parity(sliding.first_chunk_loss, adapted.first_chunk_loss)
+
+
+def stage_score(run: Run, stage: str, model: Model, stream: Stream, recurrent: bool) -> Evaluation:
+    """One evaluation as a phase of its own; its score goes into the result."""
+    config, is_ttt = run.config, stage == protocol.TTT
+    length = config.evaluation.sequence_length
+    is_flat = stage in (protocol.POST_EMA, protocol.ROUNDTRIP)
+    windows = plan_windows(stream.positions, length=length, stride=length if is_flat else config.evaluation.stride)
+    adapter = (
+        SGDAdapter(
+            model, stream, config=config.ttt, length=length, recurrent=recurrent, world=run.world, runtime=config.runtime
+        )
+        if is_ttt
+        else None
+    )
+    with run.phase(stage):
+        evaluation = evaluate(
+            model.eval(), stream, windows, config=config.evaluation, runtime=config.runtime, recurrent=recurrent,
+            world=run.world, chunk_tokens=config.ttt.chunk_tokens, adapter=adapter,
+            on_chunk=running_score(run) if is_ttt else None,
+        )  # fmt: skip
+    run.found.setdefault("scores", {})[stage] = evaluation.score
+    return evaluation
+
+
+def running_score(run: Run) -> Callable[[int, int, float], None]:
+    """Log the running bits per byte of a TTT pass at evenly spaced chunks."""
+
+    def on_chunk(chunk: int, chunks: int, bpb: float) -> None:
+        if chunk % (1 + chunks // RUNNING_SCORES) == 0 or chunk == chunks - 1:
+            run.log.metrics(chunk, run.found["train_seconds"], ttt_chunk=chunk, ttt_bpb=bpb)
+
+    return on_chunk
+
+
+if __name__ == "__main__":
+    sys.exit(main())
