@@ -15,16 +15,15 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic, steepest at zero: kellerjo
 EPS = 1e-7  # lets a zero row stay zero; arXiv 2603.28254 uses the same floor
 
 
-def orthogonalize(grad_MN: Tensor, steps: int) -> Tensor:
-    """A nearby semi-orthogonal matrix (or batch of them) of the same shape, in bfloat16.
+def newton_schulz(matrix_MN: Tensor, steps: int) -> Tensor:
+    """A nearby semi-orthogonal matrix (or batch of them), in the precision of its input.
 
     The coefficients trade exactness for speed: singular values end around 1, not at 1, and very small ones stay below
     (same source as the coefficients).
     """
     a, b, c = NEWTON_SCHULZ
-    is_tall = grad_MN.size(-2) > grad_MN.size(-1)
-    x = grad_MN.bfloat16()
-    x = x.mT if is_tall else x  # the Gram matrix below is then the small one
+    is_tall = matrix_MN.size(-2) > matrix_MN.size(-1)
+    x = matrix_MN.mT if is_tall else matrix_MN  # the Gram matrix below is then the small one
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + EPS)  # the iteration needs a spectral norm of at most 1
     for _ in range(steps):
         gram = x @ x.mT
@@ -44,7 +43,7 @@ def muon_update(grad_MN: Tensor, buffer_MN: Tensor, *, momentum: float, steps: i
     if row_normalize:
         direction = with_unit_rows(direction)
     rows, columns = grad_MN.shape[-2:]
-    return orthogonalize(direction, steps).float() * max(1.0, rows / columns) ** 0.5
+    return newton_schulz(direction.bfloat16(), steps).float() * max(1.0, rows / columns) ** 0.5
 
 
 class Muon:

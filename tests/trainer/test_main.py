@@ -1,0 +1,224 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.trainer.make_data import manifest_in
+from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
+from trainer import artifact, protocol
+from trainer.main import LOG_LINES
+from trainer.protocol import DataDir, read_lines, sha256_of
+from trainer.ttt import PARITY_TOLERANCE
+
+
+def phases_of(attempt):
+    return [(e["name"], e["state"]) for _, e in read_lines(attempt.events) if e["kind"] == protocol.PHASE]
+
+
+def test_a_run_ends_with_every_score_size_and_time(finished):
+    run, attempt = finished
+    result = result_of(attempt)
+    assert (result.status, result.failure, result.steps) == (protocol.COMPLETE, None, 12)
+    assert list(result.scores) == list(protocol.STAGES)
+    assert result.artifact_bytes == run.bundle.stat().st_size + run.artifact.stat().st_size
+    assert result.artifact_sha256 == sha256_of(run.artifact)
+    assert result.bundle_sha256 == sha256_of(run.bundle)
+    assert set(result.phases) == {"load", "warm_up", "train", "calibrate", "quantize", "pack", *protocol.STAGES}
+    assert result.train_seconds == pytest.approx(result.phases["train"] + result.phases["calibrate"], abs=0.1)
+    assert result.tokens == 12 * 256
+
+
+def test_every_token_of_the_split_is_scored_once_and_every_byte_of_its_text_counted(finished, data):
+    split = manifest_in(data).splits["val"]
+    for score in result_of(finished[1]).scores.values():
+        assert score.tokens == split.tokens - 1  # all but the first BOS, which nothing stands before
+        assert score.bytes == split.text_bytes
+
+
+def test_the_first_ttt_chunk_before_any_update_is_the_sliding_score(finished):
+    parity = result_of(finished[1]).parity_nats
+    assert parity is not None
+    assert abs(parity) <= PARITY_TOLERANCE
+
+
+def test_phases_follow_one_another_on_one_clock(finished):
+    events = [event for _, event in read_lines(finished[1].events)]
+    assert events[0]["kind"] == protocol.START
+    assert [e["t"] for e in events] == sorted(e["t"] for e in events)
+    open_phase = None
+    for name, state in phases_of(finished[1]):
+        if state == "start":
+            assert open_phase is None
+            open_phase = name
+        elif state == "end":
+            assert open_phase == name
+            open_phase = None
+
+
+def test_recurrence_comes_on_at_its_fraction(finished):
+    on = [e for _, e in read_lines(finished[1].events) if e.get("name") == "recurrence"]
+    assert [(e["step"], e["layers"]) for e in on] == [(6, [0, 1, 2, 3, 2, 3, 4, 5])]
+
+
+def test_a_second_run_of_one_spec_gives_the_same_curve_bit_for_bit(finished):
+    run, attempt = finished
+    again = execute(run)
+    assert metrics_of(again, "train_loss") == metrics_of(attempt, "train_loss")
+    assert result_of(again).artifact_sha256 == result_of(attempt).artifact_sha256
+    first, second = result_of(attempt).scores, result_of(again).scores
+    assert {stage: score.nats for stage, score in first.items()} == {stage: score.nats for stage, score in second.items()}
+
+
+def test_another_seed_differs_at_the_first_step(finished, tmp_path, data):
+    other = execute(plan(tmp_path, data, micro_config(schedule__steps=1), seed=2))
+    assert metrics_of(other, "train_loss")[1] != metrics_of(finished[1], "train_loss")[1]
+
+
+def test_warm_up_is_undone_to_the_last_bit(finished, tmp_path, data):
+    without = execute(plan(tmp_path, data, micro_config(schedule__warmup_steps=0)))
+    assert metrics_of(without, "train_loss") == metrics_of(finished[1], "train_loss")
+
+
+def test_readable_source_and_bundle_give_the_same_loss(finished):
+    run, attempt = finished
+    from_source = execute(run, source=True)
+    assert metrics_of(from_source, "train_loss") == metrics_of(attempt, "train_loss")
+    assert result_of(from_source).artifact_sha256 == result_of(attempt).artifact_sha256
+
+
+def test_the_artifact_gives_back_the_scored_weights(finished):
+    run, _ = finished
+    file = artifact.load(run.artifact.read_bytes(), "artifact")
+    weights = artifact.decode(run.weights.read_bytes(), "weights")
+    assert set(file.tensors) == set(weights.tensors)
+    assert file.meta["recurrent"] is True
+    for name, tensor in file.state().items():
+        assert torch.isfinite(tensor).all()
+        assert (tensor - weights.state()[name]).norm() <= 0.2 * weights.state()[name].norm() + 1e-6, name
+
+
+def test_accumulating_micro_batches_changes_only_rounding(finished, tmp_path, data):
+    split = execute(plan(tmp_path, data, micro_config(data__micro_batch_sequences=3, schedule__steps=3)))
+    whole = metrics_of(finished[1], "train_loss")
+    for step, loss in metrics_of(split, "train_loss").items():
+        assert loss == pytest.approx(whole[step], rel=1e-3)  # bfloat16 in Muon amplifies a sum in another order
+
+
+def test_two_processes_train_and_score_as_one_does(finished, tmp_path, data):
+    run = plan(tmp_path, data, micro_config(schedule__steps=3))
+    alone, together = execute(run), execute(run, processes=2)
+    first, second = result_of(alone), result_of(together)
+    assert (first.world_size, second.world_size) == (1, 2)
+    assert second.status == protocol.COMPLETE
+    losses = metrics_of(alone, "train_loss"), metrics_of(together, "train_loss")
+    assert losses[0].keys() == losses[1].keys()
+    assert losses[1][1] == pytest.approx(losses[0][1], abs=1e-5)  # before any update: only the order of a sum differs
+    assert losses[1][3] == pytest.approx(losses[0][3], rel=1e-3)  # bfloat16 in Muon amplifies it
+    for stage, score in first.scores.items():
+        assert (second.scores[stage].tokens, second.scores[stage].bytes) == (score.tokens, score.bytes)
+        assert second.scores[stage].bpb == pytest.approx(score.bpb, rel=2e-3)
+
+
+def test_the_wall_clock_stops_training_in_time_with_calibration_inside(tmp_path, data):
+    config = micro_config(
+        schedule__clock="time", schedule__steps=10**6, limits__train_seconds=4.0, limits__reserve_seconds=2.0, ttt__method="off"
+    )
+    result = result_of(execute(plan(tmp_path, data, config)))
+    assert result.status == protocol.COMPLETE
+    assert result.phases["train"] <= 2.0
+    assert result.train_seconds <= 4.0
+    assert result.steps > 3
+    assert protocol.TTT not in result.scores
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_both_quantisers_make_a_file_that_scores_close_to_the_average(tmp_path, data, method):
+    result = result_of(execute(plan(tmp_path, data, micro_config(quant__method=method, ttt__method="off"))))
+    assert ("calibrate" in result.phases) == (method == "gptq")
+    assert result.scores["roundtrip"].bpb == pytest.approx(result.scores["post_ema"].bpb, rel=0.02)
+
+
+def test_a_cap_that_pruning_reaches_is_kept(finished, tmp_path, data):
+    size = result_of(finished[1]).artifact_bytes
+    result = result_of(execute(plan(tmp_path, data, micro_config(limits__artifact_bytes=size - 200))))
+    assert result.status == protocol.COMPLETE
+    assert result.artifact_bytes <= size - 200
+
+
+def test_an_artifact_over_the_cap_fails_with_its_scores_beside_it(tmp_path, data):
+    result = result_of(execute(plan(tmp_path, data, micro_config(limits__artifact_bytes=30_000))))
+    assert (result.status, result.failure.kind) == (protocol.FAILED, protocol.OVER_CAP)
+    assert f"the cap is 30000: {result.artifact_bytes - 30_000} too many" in result.failure.message
+    assert list(result.scores) == list(protocol.STAGES)
+
+
+def test_a_loss_that_is_not_a_number_fails_with_its_step(tmp_path, data):
+    attempt = execute(plan(tmp_path, data, micro_config(optim__embedding_lr=1e30, optim__grad_clip_norm=0.0)))
+    result = result_of(attempt)
+    assert (result.status, result.failure.kind) == (protocol.FAILED, protocol.NOT_FINITE)
+    assert "training loss is nan at step" in result.failure.message
+    assert "hint: lower optim.matrix_lr" in attempt.stderr.read_text()
+    assert len(result.failure.log.splitlines()) <= LOG_LINES + 1
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_fails_as_data(tmp_path, data):
+    result = result_of(execute(plan(tmp_path, data, micro_config(model__vocab_size=512))))
+    assert (result.status, result.failure.kind) == (protocol.FAILED, protocol.DATA)
+    assert "pieces" in result.failure.message
+
+
+def test_a_batch_that_processes_cannot_share_fails_as_configuration(tmp_path, data):
+    config = micro_config(data__tokens_per_step=96)
+    result = result_of(execute(plan(tmp_path, data, config), processes=2))
+    assert (result.status, result.failure.kind) == (protocol.FAILED, protocol.CONFIG)
+    assert "2 processes cannot share" in result.failure.message
+
+
+def test_a_gpu_that_is_not_there_is_said_at_once(tmp_path, data):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    attempt = execute(plan(tmp_path, data, micro_config(runtime__device="cuda")))
+    assert "torch sees no GPU" in attempt.stderr.read_text()
+    assert not attempt.result.exists()
+
+
+def test_a_spec_of_another_protocol_is_refused(tmp_path, data):
+    run = plan(tmp_path, data, micro_config())
+    run.spec.write_text(run.spec.read_text().replace('"protocol": 1', '"protocol": 99'))
+    attempt = execute(run)
+    assert "protocol 99, this code speaks 1" in attempt.stderr.read_text()
+
+
+def test_a_truncated_shard_is_named(tmp_path, data):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    shard = next(copy.glob("train_*.bin"))
+    os.truncate(shard, shard.stat().st_size - 10)
+    result = result_of(execute(plan(tmp_path, copy, micro_config())))
+    assert (result.status, result.failure.kind) == (protocol.FAILED, protocol.DATA)
+    assert "truncated" in result.failure.message
+    assert DataDir(copy).manifest.exists()
+
+
+def test_a_stop_ends_training_after_a_step_with_a_result(tmp_path, data):
+    run = plan(tmp_path, data, micro_config(schedule__steps=10**5, schedule__log_every=1))
+    attempt = run.attempt(1)
+    attempt.root.mkdir(parents=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    trainer = subprocess.Popen([sys.executable, run.bundle, run.root, "--attempt", "1"], env=environment)
+    deadline = time.monotonic() + 60
+    while not (attempt.events.exists() and len(attempt.events.read_text().splitlines()) > 10):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    trainer.send_signal(signal.SIGTERM)
+    assert trainer.wait(timeout=30) == 0
+    result = result_of(attempt)
+    assert result.status == protocol.STOPPED
+    assert 0 < result.steps < 10**5
+    assert not run.artifact.exists()

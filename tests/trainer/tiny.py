@@ -1,0 +1,34 @@
+"""A model small enough for a property in milliseconds, with every technique on."""
+
+import torch
+
+from trainer.config import Config, ModelConfig, RuntimeConfig, with_knobs
+from trainer.distributed import World
+from trainer.model import Model
+
+LENGTH = 16
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+RUNTIME = RuntimeConfig(device="cpu", compile=False)
+
+CONFIG = Config(
+    model=ModelConfig(
+        vocab_size=64, layers=6, width=32, heads=4, kv_heads=2, mlp_ratio=2.0, rope_dims=4, xsa_layers=6,
+        value_embedding_dim=8, value_embedding_layers=(4, 5), recurrence_layers=(2, 3), parallel_start_layer=4,
+    ),
+    runtime=RUNTIME,
+)  # fmt: skip
+
+
+def random_model(seed: int = 0, **knobs: object) -> Model:
+    """A model whose every weight matters: zero starts are replaced by noise."""
+    torch.manual_seed(seed)
+    config = with_knobs(CONFIG, {f"model.{name}": value for name, value in knobs.items()}).model
+    model = Model(config, train_length=LENGTH)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def random_tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    return torch.randint(CONFIG.model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
