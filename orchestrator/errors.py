@@ -3,7 +3,8 @@
     CaddieError
     ├── StudyFailed      7  a study or a run ended without what was asked of it
     ├── MachineError     8  this machine lacks something: a program, a free port, a GPU
-    └── StudyBusy        9  another controller works on the study
+    ├── StudyBusy        9  another controller works on the study
+    └── Interrupted    130  the user or the system asked the controller to leave
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ __all__ = [
     "CaddieError",
     "ConfigError",
     "DataError",
+    "Interrupted",
     "MachineError",
     "ProtocolError",
     "StorageError",
@@ -32,3 +34,7 @@ class MachineError(CaddieError):
 
 class StudyBusy(CaddieError):
     exit_code = 9
+
+
+class Interrupted(CaddieError):
+    exit_code = 130

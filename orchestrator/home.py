@@ -39,6 +39,22 @@ class StudyDir:
     def report(self) -> Path:
         return self.root / "report"
 
+    @property
+    def report_page(self) -> Path:
+        return self.report / "report.html"
+
+    @property
+    def report_text(self) -> Path:
+        return self.report / "report.md"
+
+    @property
+    def report_data(self) -> Path:
+        return self.report / "report.json"
+
+    @property
+    def record_csv(self) -> Path:
+        return self.report / "record.csv"
+
 
 @dataclass(frozen=True)
 class Home:
@@ -63,6 +79,14 @@ class Home:
         return self.root / "mlflow.db"
 
     @property
+    def mlflow_lock(self) -> Path:  # held by whoever writes to MLflow, so that nothing is made twice
+        return self.root / "mlflow.lock"
+
+    @property
+    def mlflow_previous(self) -> Path:  # the database before the last rebuild
+        return self.root / "mlflow.previous.db"
+
+    @property
     def mlflow_artifacts(self) -> Path:
         return self.root / "mlflow-artifacts"
 
@@ -71,6 +95,10 @@ class Home:
 
     def study(self, name: str) -> StudyDir:
         return StudyDir(self.studies / name)
+
+    def study_names(self) -> list[str]:
+        """Every study that has a ledger."""
+        return sorted(path.parent.name for path in self.studies.glob(f"*/{self.study('').ledger.name}"))
 
     def dataset(self, name_or_path: str) -> Path:
         """The folder of a data set: a name under `data/`, or a path as it stands."""

@@ -6,6 +6,7 @@ directories what came of it. Optuna's storage and MLflow are rebuilt from these 
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from orchestrator.errors import ProtocolError
 from trainer.protocol import append_line, read_lines, storage_error
 
 # Kinds of record. Each record carries `kind` and `time` (unix seconds).
-OPENED = "opened"  # source (the study file's text), digest, caddie (version)
+OPENED = "opened"  # source (the study file's text), digest, identity {what: hash}, caddie (version)
 TRIAL_ASKED = "trial_asked"  # trial, origin ("preset" | "sampler"), params {knob: value}, runs {seed: run_id}
 TRIAL_TOLD = "trial_told"  # trial, state, value, constraints {name: value}, intermediate {step: value}, reason
 ARM_ASKED = "arm_asked"  # arm ("preset" | "best"), trial, params, runs {seed: run_id}
@@ -92,6 +93,9 @@ class StudyState:
     """What the ledger says, replayed."""
 
     source: str = ""
+    identity: dict[str, str] = field(default_factory=dict)
+    """Hashes of what must not change while trials are compared."""
+
     trials: dict[int, Trial] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
     attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
@@ -107,7 +111,7 @@ class StudyState:
     @property
     def run_ids(self) -> list[str]:
         """Every run that the study asked for, once, in order."""
-        asked = [*self.trials.values(), *self.arms.values()]
+        asked: list[Trial | Arm] = [*self.trials.values(), *self.arms.values()]
         return list(dict.fromkeys(run_id for owner in asked for run_id in owner.runs.values()))
 
     def attempts_of(self, run_id: str) -> list[Attempt]:
@@ -122,45 +126,51 @@ def _by_int(mapping: Mapping[str, Any]) -> dict[int, Any]:
     return {int(key): value for key, value in mapping.items()}
 
 
+def apply(state: StudyState, record: Mapping[str, Any]) -> None:
+    """Carry the state over one record; raises ProtocolError for an unknown kind, KeyError for a missing key."""
+    kind = record["kind"]
+    if kind == OPENED:
+        state.source, state.closed = record["source"], None
+        state.identity = record.get("identity", {})
+        state.opened_at = state.opened_at or record["time"]
+    elif kind == TRIAL_ASKED:
+        number = record["trial"]
+        state.trials[number] = Trial(
+            number=number, origin=record["origin"], params=record["params"], runs=_by_int(record["runs"])
+        )
+    elif kind == TRIAL_TOLD:
+        trial = state.trials[record["trial"]]
+        trial.state, trial.value, trial.reason = record["state"], record["value"], record.get("reason", "")
+        trial.constraints, trial.intermediate = record["constraints"], _by_int(record["intermediate"])
+    elif kind == ARM_ASKED:
+        state.arms[record["arm"]] = Arm(
+            name=record["arm"], trial=record["trial"], params=record["params"], runs=_by_int(record["runs"])
+        )
+    elif kind == SUBMITTING:
+        attempt = Attempt(
+            run_id=record["run_id"], number=record["attempt"], tag=record["tag"],
+            resources=record["resources"], submitted=record["time"],
+        )  # fmt: skip
+        state.attempts[attempt.run_id, attempt.number] = attempt
+    elif kind == SUBMITTED:
+        state.attempts[record["run_id"], record["attempt"]].job_id = record["job_id"]
+    elif kind == STOP_ASKED:
+        state.attempts[record["run_id"], record["attempt"]].stop_reason = record["reason"]
+    elif kind == ENDED:
+        attempt = state.attempts[record["run_id"], record["attempt"]]
+        attempt.status, attempt.failure = record["status"], record["failure"]
+        attempt.seconds, attempt.gpus = record["seconds"], record["gpus"]
+    elif kind == CLOSED:
+        state.closed = record["reason"]
+    else:
+        raise ProtocolError(f"ledger: unknown kind of record {kind!r}", hint="it was written by a newer caddie")
+
+
 def replay(records: Iterable[Mapping[str, Any]]) -> StudyState:
     """The state that follows from the records, in their order."""
     state = StudyState()
     for record in records:
-        kind = record["kind"]
-        if kind == OPENED:
-            state.source, state.closed = record["source"], None
-            state.opened_at = state.opened_at or record["time"]
-        elif kind == TRIAL_ASKED:
-            number = record["trial"]
-            state.trials[number] = Trial(
-                number=number, origin=record["origin"], params=record["params"], runs=_by_int(record["runs"])
-            )
-        elif kind == TRIAL_TOLD:
-            trial = state.trials[record["trial"]]
-            trial.state, trial.value, trial.reason = record["state"], record["value"], record.get("reason", "")
-            trial.constraints, trial.intermediate = record["constraints"], _by_int(record["intermediate"])
-        elif kind == ARM_ASKED:
-            state.arms[record["arm"]] = Arm(
-                name=record["arm"], trial=record["trial"], params=record["params"], runs=_by_int(record["runs"])
-            )
-        elif kind == SUBMITTING:
-            attempt = Attempt(
-                run_id=record["run_id"], number=record["attempt"], tag=record["tag"],
-                resources=record["resources"], submitted=record["time"],
-            )  # fmt: skip
-            state.attempts[attempt.run_id, attempt.number] = attempt
-        elif kind == SUBMITTED:
-            state.attempts[record["run_id"], record["attempt"]].job_id = record["job_id"]
-        elif kind == STOP_ASKED:
-            state.attempts[record["run_id"], record["attempt"]].stop_reason = record["reason"]
-        elif kind == ENDED:
-            attempt = state.attempts[record["run_id"], record["attempt"]]
-            attempt.status, attempt.failure = record["status"], record["failure"]
-            attempt.seconds, attempt.gpus = record["seconds"], record["gpus"]
-        elif kind == CLOSED:
-            state.closed = record["reason"]
-        else:
-            raise ProtocolError(f"ledger: unknown kind of record {kind!r}", hint="it was written by a newer caddie")
+        apply(state, record)
     return state
 
 
@@ -170,9 +180,14 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, kind: str, **fields: Any) -> None:
-        """Put one decision on disk; it is durable when this returns. Raises StorageError."""
-        append_line(self.path, {"kind": kind, "time": time.time(), **fields}, durable=True)
+    def append(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Put one decision on disk and return its record, as a replay will read it. Raises StorageError.
+
+        It is durable when this returns.
+        """
+        record: dict[str, Any] = json.loads(json.dumps({"kind": kind, "time": time.time(), **fields}))
+        append_line(self.path, record, durable=True)
+        return record
 
     def state(self) -> StudyState:
         """Replay the file; raises ProtocolError with the place of a damaged line."""

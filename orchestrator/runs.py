@@ -72,7 +72,8 @@ class RunStore:
             if attempt.result.exists()
         ]
         complete = [result for result in results if result.status == protocol.COMPLETE]
-        return (complete or results or [None])[-1]
+        found = complete or results
+        return found[-1] if found else None
 
     def state(self, run_id: str) -> str:
         """planned, queued, running, or the status of the result."""

@@ -52,6 +52,8 @@ def _parse_choice(knob: str, place: str, values: Any, config: Config) -> Choice:
         raise ConfigError(f"{place} choices must be a list of at least two values, got {values!r}")
     for value in values:
         _must_be_valid(knob, place, value, config)
+    if any(value in values[:n] for n, value in enumerate(values)):
+        raise ConfigError(f"{place} choices names a value twice: {values!r}")
     return Choice(values=tuple(tuple(value) if isinstance(value, list) else value for value in values))
 
 
@@ -70,8 +72,10 @@ def _parse_numbers(knob: str, place: str, table: Mapping[str, Any], config: Conf
         raise ConfigError(f"{place} log must be true or false, got {log!r}")
     if log and low <= 0:
         raise ConfigError(f"{place} log needs low above 0, got {low}")
-    if step is not None and (type(step) not in (int, float) or step <= 0):
-        raise ConfigError(f"{place} step must be a number above 0, got {step!r}")
+    if step is not None and (type(step) not in (int, float) or not 0 < step <= high - low):
+        raise ConfigError(f"{place} step must be a number above 0 and at most high - low, got {step!r}")
+    if step is not None and hint is int and type(step) is not int:
+        raise ConfigError(f"{place} {knob} takes whole numbers, and so must step; got {step!r}")
     if log and step is not None:
         raise ConfigError(f"{place} log and step cannot be combined; got step {step}")
     _must_be_valid(knob, place, low, config)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import SHIPPED_STUDIES
 from orchestrator.space import Range, parse_range
 from trainer.config import Config, from_mapping, knob_value, nearest, with_knobs
-from trainer.protocol import STAGES, TTT
+from trainer.protocol import SLIDING, STAGES, TTT
 
-SAMPLERS = ("tpe", "random", "qmc", "gp", "cmaes")
+T = TypeVar("T")
+
+# Without "cmaes": its state lies in Optuna's storage alone, and would not survive the controller.
+SAMPLERS = ("tpe", "random", "qmc", "gp")
 LAUNCHERS = ("local",)
 
 
@@ -26,7 +31,10 @@ class SearchPlan:
     """How the space is searched."""
 
     trials: int
-    """Total number of trials, the preset's included; running the study again continues to this total."""
+    """Total number of trials, the preset's included; running the study again continues to this total.
+
+    0 in a record attempt, which has no [search], no [space] and only the confirmation of its preset.
+    """
 
     seeds: tuple[int, ...] = (1,)
     """Seeds of every trial; kept apart from the confirmation's, or its result would be selected on them."""
@@ -50,6 +58,10 @@ class StopEarlyPlan:
 
     startup_trials: int = 4
     """Finished trials before any is stopped."""
+
+    def steps(self, total: int) -> list[int]:
+        """The steps, rising, from which on a run of `total` steps is compared."""
+        return sorted({math.ceil(frac * total) for frac in self.at_fracs})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +176,9 @@ def _check(study: Study) -> None:
     """The rules that single tables cannot know."""
     search, resources = study.search, study.resources
     _require(bool(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", study.name)), "name must be lower-case letters, digits, '.', '_', '-'", study.name)
-    _require(search.trials >= 1, "[search] trials must be at least 1", search.trials)
+    if study.space:
+        _require(search.trials >= 1, "[search] trials must be at least 1", search.trials)
+        _require(search.startup_trials >= 1, "[search] startup_trials must be at least 1", search.startup_trials)
     for place, value, known in (
         ("[search] sampler", search.sampler, SAMPLERS),
         ("[search] objective", search.objective, STAGES),
@@ -175,6 +189,7 @@ def _check(study: Study) -> None:
     if search.objective == TTT and study.config.ttt.method == "off":
         raise ConfigError('[search] objective is "ttt", but ttt.method is "off"', hint='take objective = "sliding"')
     if study.stop_early:
+        _require(study.stop_early.startup_trials >= 1, "[stop_early] startup_trials must be at least 1", study.stop_early.startup_trials)
         for frac in study.stop_early.at_fracs:
             _require(0 < frac < 1, "[stop_early] at_fracs must lie between 0 and 1", frac)
     for name, low in (("slots", 1), ("gpus_per_run", 0), ("processes_per_run", 1), ("max_attempts", 1)):
@@ -202,10 +217,16 @@ def parse_study(text: str) -> Study:
     for key in ("name", "question", "preset", "data"):
         if not isinstance(tables.get(key), str) or not tables[key]:
             raise ConfigError(f"a study needs {key} = \"...\", got {tables.get(key)!r}")
-    for key in ("space", "search"):
+    is_record = "confirm" in tables and not {"space", "search", "stop_early"} & set(tables)
+    for key in () if is_record else ("space", "search"):
         if not isinstance(tables.get(key), Mapping) or not tables[key]:
-            raise ConfigError(f"a study needs a table [{key}] with entries")
+            raise ConfigError(
+                f"a study needs a table [{key}] with entries",
+                hint="[space] and [search] together, or [confirm] alone for a record attempt",
+            )
     config = with_knobs(load_preset(tables["preset"]), tables.get("set", {}))
+    if is_record:
+        tables |= {"space": {}, "search": {"trials": 0, "objective": SLIDING if config.ttt.method == "off" else TTT}}
     study = Study(
         name=tables["name"], question=tables["question"], preset=tables["preset"], config=config, data=tables["data"],
         space={knob: parse_range(knob, table, config) for knob, table in tables["space"].items()},
@@ -216,6 +237,41 @@ def parse_study(text: str) -> Study:
     )  # fmt: skip
     _check(study)
     return study
+
+
+def record_study(
+    preset: str,
+    *,
+    data: str,
+    seeds: tuple[int, ...],
+    knobs: Mapping[str, Any],
+    resources: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Study:
+    """A record attempt: one configuration on the given seeds, as a study without a search. Raises ConfigError.
+
+    Its name, where none is given, follows from what is asked, so that the same command continues the same attempt.
+    """
+    asked = json.dumps([preset, data, sorted(seeds), {knob: repr(value) for knob, value in sorted(knobs.items())}])
+    stem = re.sub(r"[^a-z0-9._-]", "-", Path(preset).stem.lower()).lstrip("._-") or "record"
+    tables: dict[str, Any] = {
+        "name": name or f"record-{stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}",
+        "question": f"What does {preset} score on seeds {', '.join(map(str, seeds))}?",
+        "preset": preset,
+        "data": data,
+    }
+    lines = [f"{key} = {_as_toml(value)}" for key, value in tables.items()]
+    for table, entries in (("set", knobs), ("confirm", {"seeds": seeds}), ("resources", resources or {})):
+        if entries:
+            lines += ["", f"[{table}]", *(f"{_as_toml(key)} = {_as_toml(value)}" for key, value in entries.items())]
+    return parse_study("\n".join(lines) + "\n")
+
+
+def _as_toml(value: Any) -> str:
+    """A value as TOML writes it; the escapes of its strings are JSON's."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_as_toml(item) for item in value) + "]"
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 def load_study(path: Path) -> Study:
@@ -237,7 +293,7 @@ def _parse_toml(text: str) -> dict[str, Any]:
         raise ConfigError(f"not TOML: {error}") from error
 
 
-def _at(path: Path, read: typing.Callable[[], Any]) -> Any:
+def _at(path: Path, read: Callable[[], T]) -> T:
     """Put the file's name before an error's message."""
     try:
         return read()

@@ -59,7 +59,7 @@ def _check_range(value: Any, rule: Mapping[str, Any], place: str) -> None:
             raise ConfigError(f"{place} must be finite, got {number!r}")
         if above is not None and number <= above:
             raise ConfigError(f"{place} must be greater than {above}, got {number!r}")
-        if low is not None and number < low or high is not None and number > high:
+        if (low is not None and number < low) or (high is not None and number > high):
             bounds = f"at least {low}" if high is None else f"at most {high}" if low is None else f"in [{low}, {high}]"
             raise ConfigError(f"{place} must be {bounds}, got {number!r}")
 

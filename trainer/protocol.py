@@ -7,6 +7,8 @@
     runs/<run_id>/attempts/N/events.jsonl              trainer, rank 0, append-only
     runs/<run_id>/attempts/N/result.json               trainer (or worker), whole, last
     runs/<run_id>/artifact.bin, checkpoint/            trainer
+
+A data set is a folder of shards, a tokenizer and `manifest.json`, which says what belongs to it: `DataDir`, `Manifest`.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.errors import ProtocolError, StorageError
+
+T = TypeVar("T")
 
 PROTOCOL = 1
 
@@ -31,6 +36,9 @@ POST_EMA, ROUNDTRIP, SLIDING, TTT = STAGES = ("post_ema", "roundtrip", "sliding"
 
 # Kinds of event.
 START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpoint", "warning"
+
+# Names of values in a metric event that the control plane reads.
+TRAIN_LOSS = "train_loss"
 
 # Status of a result.
 COMPLETE, FAILED, STOPPED = "complete", "failed", "stopped"
@@ -125,6 +133,80 @@ class RunDir:
         if not folder.is_dir():
             return []
         return [AttemptDir(path) for path in sorted(folder.iterdir(), key=lambda path: int(path.name))]
+
+
+# Splits of a data set.
+TRAIN, VALIDATION = SPLITS = ("train", "val")
+
+DATA_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DataDir:
+    """Names every file of a data set. A reader takes the shards' names from the manifest."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.model"
+
+    @property
+    def documents(self) -> Path:  # a line a document, split and SHA-256 of its normalised text: proves disjointness
+        return self.root / "documents.txt"
+
+    def shard(self, split: str, number: int) -> Path:
+        return self.root / f"{split}_{number:06d}.bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of tokens; a document never crosses two."""
+
+    file: str
+    tokens: int
+    bytes: int
+    """Size of the file."""
+
+    sha256: str
+    first_document: int
+    """Number of its first document within the split."""
+
+    documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The shards of one split, and their totals."""
+
+    shards: tuple[Shard, ...]
+    tokens: int
+    documents: int
+    text_bytes: int
+    """UTF-8 bytes of the normalised text: the denominator of bits per byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a data set consists of. Written last."""
+
+    source: str
+    """Where the text comes from, for people."""
+
+    recipe: dict[str, Any]
+    """Inputs and settings of the preparation: the same recipe makes the same data set."""
+
+    tokenizer: str
+    """File name of the SentencePiece model."""
+
+    tokenizer_sha256: str
+    vocab_size: int
+    splits: dict[str, Split]
+    format: int = DATA_FORMAT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,9 +386,16 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any
             yield offset, record
 
 
-def _from_record(cls: type[Any], record: Mapping[str, Any], path: Path) -> Any:
+def metric_of(event: Mapping[str, Any], name: str) -> tuple[int, float] | None:
+    """(step, value) of one named value, where the event is a metric that has it."""
+    if event.get("kind") != METRIC or name not in event.get("values", {}):
+        return None
+    return int(event["step"]), float(event["values"][name])
+
+
+def _from_record(cls: type[T], record: Mapping[str, Any], path: Path) -> T:
     """Build a dataclass of the contract from a file's object, naming what is missing or unknown."""
-    names = {f.name: f for f in dataclasses.fields(cls)}
+    names = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # every caller's is a dataclass
     unknown = sorted(set(record) - set(names))
     missing = sorted(
         name
@@ -338,6 +427,31 @@ def read_result(path: Path) -> Result:
     return _from_record(Result, record, path)
 
 
+def read_manifest(path: Path) -> Manifest:
+    """Read a data set's manifest; raises ProtocolError for another format or a damaged file, FileNotFoundError."""
+    record = read_json(path)
+    if record.get("format") != DATA_FORMAT:
+        raise ProtocolError(
+            f"{path}: data format {record.get('format')!r}, this code reads {DATA_FORMAT}",
+            hint="prepare the data set again with this version of caddie",
+        )
+    manifest = _from_record(Manifest, record, path)
+    try:
+        splits = {
+            name: _from_record(Split, {**split, "shards": tuple(_from_record(Shard, shard, path) for shard in split["shards"])}, path)
+            for name, split in record["splits"].items()
+        }
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ProtocolError(f"{path}: splits must be tables with lists of shards") from error
+    if set(splits) != set(SPLITS):
+        raise ProtocolError(f"{path}: splits must be {' and '.join(SPLITS)}, got {sorted(splits)}")
+    return dataclasses.replace(manifest, splits=splits)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    write_json_atomically(path, dataclasses.asdict(manifest))
+
+
 def write_spec(path: Path, spec: Spec) -> None:
     write_json_atomically(path, dataclasses.asdict(spec))
 
@@ -361,6 +475,9 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.started = process_started()
+        self.phases: dict[str, float] = {}
+        """Seconds of the phases that have ended."""
+
         self._zero = time.monotonic() - (time.time() - self.started)
 
     def seconds(self) -> float:
@@ -371,6 +488,16 @@ class EventLog:
         """Append one event; raises StorageError."""
         if self.path is not None:
             append_line(self.path, {"kind": kind, "t": round(self.seconds(), 4), **fields})
+
+    @contextmanager
+    def phase(self, name: str, settle: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Time a phase of the run; `settle` waits for the device, so that its work falls into the phase it belongs to."""
+        begin = self.seconds()
+        self.emit(PHASE, name=name, state="start")
+        yield
+        settle()
+        self.phases[name] = round(self.seconds() - begin, 4)
+        self.emit(PHASE, name=name, state="end", seconds=self.phases[name])
 
     def metrics(self, step: int, train_seconds: float, **values: float) -> None:
         """Append the values measured at one step."""

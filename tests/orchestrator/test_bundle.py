@@ -49,7 +49,7 @@ def test_the_same_sources_give_the_same_bytes():
 
 def test_every_module_of_a_run_is_packed_and_no_other():
     left_out = {path.stem for path in ROOT.glob("*.py")} - set(bundle.MODULES)
-    assert left_out == {"__init__", "__main__", "prepare"}
+    assert left_out == {"__init__", "__main__", "corpus", "prepare", "verification"}
 
 
 def test_modules_come_from_the_bundle_where_no_source_is_installed(packed, tmp_path):

@@ -1,0 +1,74 @@
+"""Puts the parts together: a checked study, its data, the launcher, the search and the views, run to the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator import bundle, datasets, preflight
+from orchestrator.datasets import PYDOC
+from orchestrator.errors import StudyFailed
+from orchestrator.home import SHIPPED_STUDIES, Home
+from orchestrator.launcher import LocalLauncher
+from orchestrator.progress import Progress
+from orchestrator.report import Report, write_report
+from orchestrator.runs import RunStore
+from orchestrator.search import Search
+from orchestrator.slots import machine_slots
+from orchestrator.study import Study, load_study
+from orchestrator.sweep import Controller
+from orchestrator.tracking import BackgroundMirror
+
+DEMO_STUDY = SHIPPED_STUDIES / "wd-qk-ttt-smoke.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a study that has been run leaves."""
+
+    report: Report
+    mirror_problem: str | None
+    """Why MLflow does not show all of it; None where it does."""
+
+
+def run_demo(home: Home) -> Outcome:
+    """The small study on this machine's CPU, its data included."""
+    return run_study(load_study(DEMO_STUDY), home)
+
+
+def run_study(study: Study, home: Home) -> Outcome:
+    """Check everything, run or continue the study to its end, and write its report.
+
+    Raises ConfigError, DataError, StorageError, ProtocolError, MachineError before anything is submitted; StudyBusy,
+    StudyFailed (its report is written), Interrupted.
+    """
+    home.require_writable()
+    if study.data == PYDOC:
+        datasets.ensure_pydoc(home)
+    controller = _controller(study, home)
+    try:
+        controller.run()
+    except StudyFailed:
+        _conclude(study, home)
+        raise
+    return _conclude(study, home)
+
+
+def _controller(study: Study, home: Home) -> Controller:
+    data = preflight.check(study, home)
+    resources = study.resources
+    slots = machine_slots(slots=resources.slots, gpus_per_run=resources.gpus_per_run)
+    packed, code = bundle.build(), bundle.code_state()
+    search = Search(study, home.study(study.name).optuna_journal)
+    return Controller(
+        study, home, launcher=LocalLauncher(), search=search, bundle=packed, code=code, data_dir=data.root,
+        manifest_sha256=data.manifest_sha256, progress=Progress(study, RunStore(home)),
+        mirror=BackgroundMirror(home, study.name), slots=slots,
+    )  # fmt: skip
+
+
+def _conclude(study: Study, home: Home) -> Outcome:
+    """Write the report, and let MLflow show its files too."""
+    report = write_report(home, study.name)
+    mirror = BackgroundMirror(home, study.name)
+    mirror.close()
+    return Outcome(report=report, mirror_problem=mirror.problem)

@@ -1,0 +1,380 @@
+"""The command line: each command parses, calls one function and prints. Data to stdout, the rest to stderr.
+
+What a command needs is imported when it runs: `caddie --help` loads neither MLflow nor Optuna nor pandas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import __version__, datasets
+from orchestrator.errors import CaddieError, ConfigError, DataError
+from orchestrator.home import Home, default_home
+from trainer.config import parse_value
+from trainer.protocol import storage_error
+
+if TYPE_CHECKING:
+    from orchestrator.assembly import Outcome
+    from orchestrator.report import Report
+
+RECORD_SEEDS = "42,314,999"  # the challenge's usual three
+UI_HOST, UI_PORT = "127.0.0.1", 5000
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal, as shells have it
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+
+Command = Callable[[argparse.Namespace, Home], int]
+
+
+# ---- the commands ------------------------------------------------------------------------------------------------
+
+
+def demo(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import assembly
+
+    return show_outcome(assembly.run_demo(home), home)
+
+
+def data_prepare(arguments: argparse.Namespace, home: Home) -> int:
+    home.require_writable()
+    out = home.dataset(arguments.out)
+    options = ["--corpus", *arguments.corpus, "--out", str(out), "--vocab-size", str(arguments.vocab_size)]
+    for name in ("tokenizer", "val_documents", "val_frac", "shard_tokens"):
+        if getattr(arguments, name) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    splits = datasets.prepare(options)["splits"]
+    for name, split in splits.items():
+        print(f"{name:5} {split['documents']:>10,} documents {split['tokens']:>15,} tokens {split['text_bytes']:>16,} bytes")
+    print(out)
+    return 0
+
+
+def data_verify(arguments: argparse.Namespace, home: Home) -> int:
+    root = datasets.find(home, arguments.data).root
+    problems = datasets.verify(root)
+    if arguments.json:
+        show_json({"data": str(root), "problems": problems})
+    else:
+        for problem in problems:
+            print(f"problem: {problem}", file=sys.stderr)
+        print(f"{root}: {f'{len(problems)} problems' if problems else 'sound'}")
+    return DataError.exit_code if problems else 0
+
+
+def study_check(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import preflight
+    from orchestrator.study import load_study
+
+    study = load_study(arguments.file)
+    data = preflight.check(study, home)
+    found = {
+        "name": study.name, "question": study.question, "preset": study.preset, "data": str(data.root),
+        "knobs": list(study.space), "trials": study.search.trials, "runs_at_most": preflight.runs_of(study),
+        "warnings": study.warnings(),
+    }  # fmt: skip
+    if arguments.json:
+        show_json(found)
+    else:
+        print(f"{study.name}: sound; {study.search.trials} trials over {', '.join(study.space) or 'no knobs'}")
+        print(f"at most {found['runs_at_most']} runs of {study.preset} on {data.root}")
+        warn(study.warnings())
+    return 0
+
+
+def study_run(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import assembly
+    from orchestrator.study import load_study
+
+    study = load_study(arguments.file)
+    warn(study.warnings())
+    return show_outcome(assembly.run_study(study, home), home)
+
+
+def study_status(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import oversight
+
+    found = oversight.status(home, arguments.study)
+    show_json(dataclasses.asdict(found)) if arguments.json else print(oversight.as_text(found))
+    return 0
+
+
+def study_list(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import oversight
+
+    found = oversight.statuses(home)
+    if arguments.json:
+        show_json([dataclasses.asdict(status) for status in found])
+    elif not found:
+        print(f"no studies under {home.studies}", file=sys.stderr)
+    else:
+        print("\n".join(map(oversight.as_line, found)))
+    return 0
+
+
+def study_stop(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import oversight
+
+    print(oversight.ask_to_stop(home, arguments.study, cancel=arguments.cancel))
+    return 0
+
+
+def run(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import assembly
+    from orchestrator.study import record_study
+
+    resources: dict[str, Any] = {"gpus_per_run": arguments.gpus, "timeout_minutes": arguments.timeout_minutes}
+    if arguments.slots is not None:
+        resources["slots"] = arguments.slots
+    study = record_study(
+        named_preset(arguments.preset), data=arguments.data, seeds=parse_seeds(arguments.seeds), knobs=parse_settings(arguments.set),
+        resources=resources, name=arguments.name,
+    )  # fmt: skip
+    warn(study.warnings())
+    return show_outcome(assembly.run_study(study, home), home)
+
+
+def report(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator.report import as_record, write_report
+
+    written = write_report(home, arguments.study)
+    if arguments.json:
+        show_json(as_record(written))
+        return 0
+    return show_report(written, home)
+
+
+def ui(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator.ui import serve
+
+    serve(home, host=arguments.host, port=arguments.port)
+    return 0
+
+
+def track(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import tracking
+
+    warn(tracking.rebuild(home) if arguments.rebuild else tracking.sync_all(home))
+    print(home.mlflow_database)
+    return 0
+
+
+def doctor(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator.doctor import examine, exit_code
+
+    findings = examine(home)
+    if arguments.json:
+        show_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.status:<8} {finding.name:<20} {finding.found}")
+            if finding.remedy:
+                print(f"{'':8} {'':20} → {finding.remedy}")
+    return exit_code(findings)
+
+
+# ---- reading arguments and showing results -----------------------------------------------------------------------
+
+
+def named_preset(text: str) -> str:
+    """A preset's name as it stands; a file's path in full, since a study outlives the current directory."""
+    return str(Path(text).resolve()) if text.endswith(".toml") else text
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Seeds from `42,314,999`; raises ConfigError."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--seeds must be whole numbers between commas, got {text!r}", hint=f"--seeds {RECORD_SEEDS}") from error
+
+
+def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
+    """Knobs from `optim.matrix_lr=0.02`; raises ConfigError with the nearest name for an unknown one."""
+    settings = {}
+    for assignment in assignments:
+        knob, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set must be knob=value, got {assignment!r}", hint="--set optim.muon_weight_decay=0.05")
+        settings[knob] = parse_value(knob, text)
+    return settings
+
+
+def warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def show_json(content: object) -> None:
+    print(json.dumps(content, indent=1))
+
+
+def show_outcome(outcome: Outcome, home: Home) -> int:
+    if outcome.mirror_problem:
+        warn([f"MLflow does not show all of it: {outcome.mirror_problem}; `caddie track` tries again"])
+    return show_report(outcome.report, home)
+
+
+def show_report(written: Report, home: Home) -> int:
+    """The record tables, and where the rest of it is."""
+    from orchestrator.report import render_text
+
+    print(render_text(written))
+    print()
+    print(f"report   {written.page}")
+    print(f"MLflow   caddie --home {home.root} ui")
+    return 0
+
+
+# ---- the parser --------------------------------------------------------------------------------------------------
+
+
+class Adder:
+    """Adds commands to a parser, each with its sentence and an example."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self.commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(self, name: str, call: Command | None, sentence: str, example: str) -> argparse.ArgumentParser:
+        parser = self.commands.add_parser(
+            name, help=sentence, description=sentence[0].upper() + sentence[1:] + ".", epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        if call is not None:
+            parser.set_defaults(call=call)
+        return parser
+
+
+def make_parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="caddie",
+        description="Sweeps and record attempts for budgeted language-model training.",
+        epilog="example:\n  caddie demo\n  caddie study run studies/wd-qk-ttt-smoke.toml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"caddie {__version__}")
+    top.add_argument("--home", type=Path, metavar="DIR", help="where runs, data and views lie (default: CADDIE_HOME, or .caddie)")
+    commands = Adder(top)
+    commands.add("demo", demo, "a real study on this machine's CPU, from text it has to a record table", "caddie demo")
+    _add_data(commands)
+    _add_study(commands)
+    _add_run(commands)
+    _add_views(commands)
+    return top
+
+
+def _add_data(top: Adder) -> None:
+    commands = Adder(top.add("data", None, "prepare and verify data sets", "caddie data verify pydoc"))
+    prepare = commands.add(
+        "prepare", data_prepare, "text to tokenizer, shards and manifest",
+        "caddie data prepare --corpus train.jsonl.xz --out books --vocab-size 4096",
+    )  # fmt: skip
+    prepare.add_argument("--corpus", nargs="+", default=[datasets.PYDOC], metavar="pydoc|FILE",
+                         help="the documentation that Python carries (default), or JSON lines with a text, or plain text; also .xz, .gz")  # fmt: skip
+    prepare.add_argument("--out", default=datasets.PYDOC, metavar="NAME|DIR", help="name under CADDIE_HOME/data, or a folder (default: %(default)s)")
+    prepare.add_argument("--vocab-size", type=int, default=datasets.PYDOC_VOCAB_SIZE, metavar="N", help="pieces of the tokenizer (default: %(default)s)")
+    prepare.add_argument("--tokenizer", metavar="MODEL", help="take this SentencePiece model instead of training one")
+    share = prepare.add_mutually_exclusive_group()
+    share.add_argument("--val-documents", type=int, metavar="N", help="number of documents kept for validation")
+    share.add_argument("--val-frac", type=float, metavar="F", help="share of the documents kept for validation")
+    prepare.add_argument("--shard-tokens", type=int, metavar="N", help="most tokens of a shard")
+    verify = commands.add("verify", data_verify, "read a data set again, whole: checksums, counts, disjointness", "caddie data verify pydoc")
+    verify.add_argument("data", metavar="NAME|DIR")
+    _add_json(verify)
+
+
+def _add_study(top: Adder) -> None:
+    commands = Adder(top.add("study", None, "search: run, continue, look at and stop studies", "caddie study run studies/wd-qk-ttt-smoke.toml"))
+    for name, call, sentence in (
+        ("check", study_check, "check a study completely and submit nothing"),
+        ("run", study_run, "run a study, or continue it to its total budget"),
+    ):
+        parser = commands.add(name, call, sentence, f"caddie study {name} studies/wd-qk-ttt-smoke.toml")
+        parser.add_argument("file", type=Path, metavar="FILE", help="a study file, or the name of a shipped one")
+        if name == "check":
+            _add_json(parser)
+    for name, call, sentence in (
+        ("status", study_status, "where a study stands"),
+        ("stop", study_stop, "end a study after its running jobs"),
+    ):
+        parser = commands.add(name, call, sentence, f"caddie study {name} wd-qk-ttt-smoke")
+        parser.add_argument("study", metavar="STUDY", help="a study's name")
+        if name == "status":
+            _add_json(parser)
+        else:
+            parser.add_argument("--cancel", action="store_true", help="stop the running jobs as well")
+    _add_json(commands.add("list", study_list, "every study and where it stands", "caddie study list"))
+
+
+def _add_run(top: Adder) -> None:
+    parser = top.add(
+        "run", run, "a record attempt: one configuration on several seeds",
+        f"caddie run pr1326 --seeds {RECORD_SEEDS} --set optim.muon_weight_decay=0.08 --data fineweb-sp4096 --gpus 8",
+    )  # fmt: skip
+    parser.add_argument("preset", metavar="PRESET", help="a shipped preset, or a TOML file")
+    parser.add_argument("--seeds", default=RECORD_SEEDS, metavar="N,N,N", help="default: %(default)s")
+    parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob; may be repeated")
+    parser.add_argument("--data", default=datasets.PYDOC, metavar="NAME|DIR", help="data set (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of one run; 0 runs on the CPU (default)")
+    parser.add_argument("--slots", type=int, metavar="N", help="runs at a time on the CPU")
+    parser.add_argument("--timeout-minutes", type=float, default=60.0, metavar="MINUTES", help="end an attempt after this (default: %(default)s)")
+    parser.add_argument("--name", help="name of the record (default: from what is asked)")
+
+
+def _add_views(top: Adder) -> None:
+    parser = top.add("report", report, "record table, page and data of a study", "caddie report wd-qk-ttt-smoke")
+    parser.add_argument("study", metavar="STUDY")
+    _add_json(parser)
+    parser = top.add("ui", ui, "MLflow's pages on what has been run", f"caddie ui --port {UI_PORT}")
+    parser.add_argument("--host", default=UI_HOST, help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=UI_PORT, help="default: %(default)s")
+    parser = top.add("track", track, "bring MLflow up to date with the run directories", "caddie track --rebuild")
+    parser.add_argument("--rebuild", action="store_true", help="make MLflow's database again from nothing")
+    _add_json(top.add("doctor", doctor, "what this machine can do, what is missing, and what mends it", "caddie doctor"))
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of text")
+
+
+# ---- the entry ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; see `trainer.errors` and `orchestrator.errors`."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        home = Home(arguments.home.expanduser().resolve()) if arguments.home else default_home()
+        code: int = arguments.call(arguments, home)
+        sys.stdout.flush()
+        return code
+    except CaddieError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, had enough; nothing more may be flushed into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return fail(storage_error(error, Path(error.filename or ".")))
+
+
+def fail(error: CaddieError) -> int:
+    """Tell an error and its remedy; its exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

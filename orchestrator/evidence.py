@@ -1,0 +1,295 @@
+"""What a study's ledger and run directories say, gathered once for every view of it; nothing here is stored.
+
+Each number keeps the path of the file that it was read from, relative to CADDIE_HOME.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import CaddieError, ConfigError
+from orchestrator.home import Home
+from orchestrator.ledger import Arm, Ledger, StudyState, Trial
+from orchestrator.runs import PLANNED, RunStore
+from orchestrator.statistics import Difference, Summary, difference, summarize
+from orchestrator.study import Study, parse_study
+from trainer import protocol
+from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, AttemptDir, Result
+
+PRESET_ARM, BEST_ARM = "preset", "best"
+UNREADABLE = "unreadable"
+"""State of a run whose files are damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEvidence:
+    """One run as one of its owners asked for it."""
+
+    owner: str
+    """`trial 3`, or the arm's name."""
+
+    seed: int
+    run_id: str
+    state: str
+    """planned, queued, running, unreadable, or the status of the result."""
+
+    reason: str
+    """Why there is no score; empty where there is one or the run still goes on."""
+
+    source: str
+    """Path of the deciding result under CADDIE_HOME; empty without one."""
+
+    result: Result | None
+
+    def bpb(self, stage: str) -> float | None:
+        """Bits per byte of one stage of a complete run."""
+        if self.result is None or self.result.status != COMPLETE or stage not in self.result.scores:
+            return None
+        return self.result.scores[stage].bpb
+
+    def gap(self, worse: str, better: str) -> float | None:
+        """Bits per byte by which one stage lies above another."""
+        high, low = self.bpb(worse), self.bpb(better)
+        return None if high is None or low is None else high - low
+
+    @property
+    def ttt_gain(self) -> float | None:
+        """Bits per byte that test-time training takes off the sliding score."""
+        return self.gap(protocol.SLIDING, protocol.TTT)
+
+    @property
+    def quantization_gap(self) -> float | None:
+        """Bits per byte that the stored model loses against the averaged weights."""
+        return self.gap(protocol.ROUNDTRIP, protocol.POST_EMA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmEvidence:
+    """A configuration on its confirmation seeds."""
+
+    name: str
+    trial: int
+    params: dict[str, Any]
+    runs: tuple[RunEvidence, ...]
+
+    def values(self, stage: str) -> list[float]:
+        """The stage's bits per byte on the seeds that have it."""
+        return [value for value in (run.bpb(stage) for run in self.runs) if value is not None]
+
+    def summary(self, stage: str) -> Summary:
+        return summarize(self.values(stage))
+
+    @property
+    def missing(self) -> tuple[RunEvidence, ...]:
+        """Seeds without a complete result."""
+        return tuple(run for run in self.runs if run.result is None or run.result.status != COMPLETE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialEvidence:
+    """A point of the space and its runs."""
+
+    trial: Trial
+    runs: tuple[RunEvidence, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEvidence:
+    """One execution that the study started."""
+
+    run_id: str
+    number: int
+    owners: tuple[str, ...]
+    job_id: str | None
+    status: str
+    failure: str
+    seconds: float
+    gpus: int
+    source: str
+    """Path of this attempt's result under CADDIE_HOME; empty without one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All of a study."""
+
+    study: Study
+    state: StudyState
+    arms: tuple[ArmEvidence, ...]
+    trials: tuple[TrialEvidence, ...]
+    attempts: tuple[AttemptEvidence, ...]
+    problems: tuple[str, ...]
+    """Files that could not be read."""
+
+    @property
+    def objective(self) -> str:
+        return self.study.search.objective
+
+    @property
+    def runs(self) -> tuple[RunEvidence, ...]:
+        """Every run by owner, the arms' first."""
+        return tuple(run for runs in ([arm.runs for arm in self.arms] + [trial.runs for trial in self.trials]) for run in runs)
+
+    def arm(self, name: str) -> ArmEvidence | None:
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    @property
+    def improvement(self) -> Difference | None:
+        """Best minus preset on the confirmation seeds, in the objective; None without both arms."""
+        best, preset = self.arm(BEST_ARM), self.arm(PRESET_ARM)
+        if best is None or preset is None:
+            return None
+        return difference(best.values(self.objective), preset.values(self.objective))
+
+    @property
+    def gpu_seconds(self) -> float:
+        return self.state.gpu_seconds
+
+    @property
+    def cpu_run_seconds(self) -> float:
+        """Seconds of attempts that had no GPU."""
+        return sum(attempt.seconds for attempt in self.attempts if attempt.gpus == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Training loss of one run."""
+
+    run: RunEvidence
+    steps: tuple[int, ...]
+    train_seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+def read_study(home: Home, study_name: str) -> tuple[Study, StudyState]:
+    """The study and its state as its ledger has them; raises ConfigError where there is no such study."""
+    ledger = Ledger(home.study(study_name).ledger)
+    state = ledger.state()
+    if not state.source:
+        known = ", ".join(home.study_names()) or "none yet"
+        raise ConfigError(f"{ledger.path}: there is no study {study_name!r}", hint=f"there are: {known}")
+    return parse_study(state.source), state
+
+
+def study_names(home: Home) -> list[str]:
+    """Every study that has a ledger."""
+    return home.study_names()
+
+
+def gather(home: Home, study_name: str) -> Evidence:
+    """Read a study, also an unfinished one; a damaged run is named in `problems` and stays visible."""
+    study, state = read_study(home, study_name)
+    reader = _Reader(home, state)
+    return Evidence(
+        study=study,
+        state=state,
+        arms=tuple(reader.arm(arm) for arm in sorted(state.arms.values(), key=lambda arm: arm.name != BEST_ARM)),
+        trials=tuple(reader.trial(trial) for trial in state.trials.values()),
+        attempts=tuple(reader.attempts()),
+        problems=tuple(reader.problems),
+    )
+
+
+class _Reader:
+    """Reads run directories and collects what was damaged."""
+
+    def __init__(self, home: Home, state: StudyState) -> None:
+        self.home, self.state, self.store = home, state, RunStore(home)
+        self.problems: dict[str, None] = {}  # an ordered set: a damaged run may have two owners
+
+    def arm(self, arm: Arm) -> ArmEvidence:
+        return ArmEvidence(name=arm.name, trial=arm.trial, params=arm.params, runs=self._runs(arm.name, arm.runs))
+
+    def trial(self, trial: Trial) -> TrialEvidence:
+        return TrialEvidence(trial=trial, runs=self._runs(f"trial {trial.number}", trial.runs))
+
+    def _runs(self, owner: str, runs: dict[int, str]) -> tuple[RunEvidence, ...]:
+        return tuple(self._run(owner, seed, run_id) for seed, run_id in runs.items())
+
+    def _run(self, owner: str, seed: int, run_id: str) -> RunEvidence:
+        try:
+            state, result = self.store.state(run_id), self.store.result(run_id)
+            attempt = self.store.deciding_attempt(run_id)
+        except CaddieError as error:
+            self.problems[str(error)] = None
+            return RunEvidence(owner=owner, seed=seed, run_id=run_id, state=UNREADABLE, reason=str(error), source="", result=None)
+        reason = "" if state == COMPLETE else self._reason(run_id, state, result)
+        source = self._source(attempt) if attempt else ""
+        return RunEvidence(owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result)
+
+    def _reason(self, run_id: str, state: str, result: Result | None) -> str:
+        """Why a run has no score, from its result or from what the controller decided."""
+        if result is not None and result.failure:
+            return f"{result.failure.kind}: {result.failure.message}"
+        stops = [attempt.stop_reason for attempt in self.state.attempts_of(run_id) if attempt.stop_reason]
+        if stops:
+            return stops[-1]
+        return "never started" if state == PLANNED and self.state.closed else ""
+
+    def _source(self, attempt: AttemptDir) -> str:
+        return _relative(attempt.result, self.home.root) if attempt.result.exists() else ""
+
+    def attempts(self) -> Iterator[AttemptEvidence]:
+        owners = _owners_by_run(self.state)
+        for attempt in self.state.attempts.values():
+            yield AttemptEvidence(
+                run_id=attempt.run_id,
+                number=attempt.number,
+                owners=tuple(owners.get(attempt.run_id, ())),
+                job_id=attempt.job_id,
+                status=attempt.status or "not ended",
+                failure=attempt.failure or attempt.stop_reason or "",
+                seconds=attempt.seconds,
+                gpus=attempt.gpus,
+                source=self._source(self.home.run(attempt.run_id).attempt(attempt.number)),
+            )
+
+
+def _owners_by_run(state: StudyState) -> dict[str, list[str]]:
+    """Owners, with the seed, of each run."""
+    owners: dict[str, list[str]] = {}
+    named: Iterable[tuple[str, dict[int, str]]] = (
+        *((f"trial {trial.number}", trial.runs) for trial in state.trials.values()),
+        *((arm.name, arm.runs) for arm in state.arms.values()),
+    )
+    for owner, runs in named:
+        for seed, run_id in runs.items():
+            owners.setdefault(run_id, []).append(f"{owner}, seed {seed}")
+    return owners
+
+
+def read_curves(home: Home, evidence: Evidence) -> tuple[list[Curve], list[str]]:
+    """The training loss of every run that has one, and what could not be read; a curve ends before a damaged line."""
+    store = RunStore(home)
+    curves: list[Curve] = []
+    problems: list[str] = []
+    for run in evidence.runs:
+        try:
+            attempt = store.deciding_attempt(run.run_id)
+        except CaddieError:
+            continue  # its result is damaged: gather has named it
+        if attempt is not None:
+            curve, problem = _read_curve(run, store, attempt)
+            curves += [curve] if curve.steps else []
+            problems += [problem] if problem else []
+    return curves, problems
+
+
+def _read_curve(run: RunEvidence, store: RunStore, attempt: AttemptDir) -> tuple[Curve, str]:
+    points: list[tuple[int, float, float]] = []
+    problem = ""
+    try:
+        for _, event in store.events(attempt):
+            if event.get("kind") == METRIC and TRAIN_LOSS in event["values"]:
+                points.append((event["step"], event["train_seconds"], event["values"][TRAIN_LOSS]))
+    except CaddieError as error:
+        problem = str(error)
+    steps, seconds, losses = zip(*points, strict=True) if points else ((), (), ())
+    return Curve(run=run, steps=steps, train_seconds=seconds, losses=losses), problem
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()

@@ -1,0 +1,107 @@
+"""The launcher: puts attempts on a scheduler and tells whether they live; the only module that knows submitit.
+
+submitit's local executor takes any job at once, calls a running job done after a restart of the controller, and leaves
+zombies; so the queue is in `slots`, and a job's life is read off the worker's claim and off the processes that carry
+the job's tag in their environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from submitit import Job, LocalExecutor
+
+from orchestrator import worker
+from orchestrator.errors import MachineError
+from orchestrator.slots import JobResources
+from trainer import protocol
+from trainer.protocol import AttemptDir, RunDir
+
+JOB_TAG = "CADDIE_JOB_TAG"
+"""Environment variable of a job and of all that it starts; the name by which a job is found again."""
+
+OUTER_MARGIN_MINUTES = 5.0
+"""submitit's own limit lies this much beyond the worker's, which ends the trainer in order."""
+
+# Ctrl-C, Ctrl-\, Ctrl-Z and a closing terminal reach every process of the controller's group; they are not for the jobs.
+IGNORE_TERMINAL = "trap '' INT QUIT TSTP HUP"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What `job.json` says, for people."""
+
+    job_id: str
+    tag: str
+    submitted: float
+    """Unix seconds."""
+
+    resources: JobResources
+
+
+class LocalLauncher:
+    """Runs attempts as processes of this machine, which outlive the controller."""
+
+    jobs: ClassVar[list[Job[Any]]] = []
+    """Children of this process, whichever launcher started them, kept until they have ended and been reaped."""
+
+    def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
+        """Start an attempt and return the job's id. Raises MachineError where the machine takes no more processes."""
+        files = run.attempt(attempt)
+        shutil.rmtree(files.scheduler, ignore_errors=True)  # of a submission that a killed controller did not finish
+        try:
+            executor = LocalExecutor(files.scheduler)
+            executor.update_parameters(
+                timeout_min=resources.timeout_seconds / 60 + OUTER_MARGIN_MINUTES,
+                tasks_per_node=1,
+                setup=[IGNORE_TERMINAL, *self._exports(tag)],
+            )
+            gpus = ",".join(resources.gpus)
+            job = executor.submit(
+                worker.run_attempt, str(run.root), attempt, resources.processes, gpus, resources.timeout_seconds
+            )
+        except OSError as error:
+            raise MachineError(
+                f"{files.root}: the job could not be started: {error.strerror or error}",
+                hint="free memory, processes or disk on this machine, then give the same command again",
+            ) from error
+        self.jobs.append(job)
+        record = JobRecord(job_id=str(job.job_id), tag=tag, submitted=time.time(), resources=resources)
+        protocol.write_json_atomically(files.job, dataclasses.asdict(record))
+        return record.job_id
+
+    @staticmethod
+    def _exports(tag: str) -> list[str]:
+        """The job's tag, and the place of this code, which need not be installed."""
+        checkout = str(Path(protocol.__file__).resolve().parent.parent)
+        known = os.environ.get("PYTHONPATH", "")
+        path = os.pathsep.join([checkout, known]) if known else checkout
+        return [f"export {name}={shlex.quote(value)}" for name, value in ((JOB_TAG, tag), ("PYTHONPATH", path))]
+
+    def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:
+        """Whether any process of the attempt still runs: the worker that claimed it, or one that carries its tag.
+
+        Without a tag only the claim is asked: another study's attempt.
+        """
+        self.jobs[:] = [job for job in self.jobs if not job.done()]  # asking reaps the ended ones
+        claim = worker.read_claim(attempt)
+        if claim is not None and worker.is_live(claim):
+            return True
+        return tag is not None and self.find(tag) is not None
+
+    def find(self, tag: str) -> str | None:
+        """The id of the job that carries the tag, or None."""
+        processes = worker.tagged_processes(JOB_TAG, tag)
+        return str(processes[0]) if processes else None
+
+    def cancel(self, tag: str) -> None:
+        """End every process of an attempt that does not end by itself, or whose worker died and left its trainer."""
+        worker.signal_tagged(JOB_TAG, tag, signal.SIGKILL)

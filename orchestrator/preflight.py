@@ -1,0 +1,45 @@
+"""What is checked before anything is submitted: the data set, its vocabulary, the home, the disk."""
+
+from __future__ import annotations
+
+import shutil
+
+from orchestrator import datasets
+from orchestrator.datasets import PreparedData
+from orchestrator.errors import StorageError
+from orchestrator.home import Home
+from orchestrator.study import Study
+
+# A run keeps its artifact (at most the cap), the averaged weights in float32 (of which the artifact is a sixth to a
+# quarter) and a copy of the small files in MLflow.
+RUN_BYTES_PER_CAP_BYTE = 7
+COMMON_BYTES = 200_000_000  # ledger, logs, reports, MLflow's database
+
+
+def runs_of(study: Study) -> int:
+    """Most runs that a study makes: its trials by their seeds, and two confirmed configurations."""
+    confirmed = len(study.confirm.seeds) if study.confirm else 0
+    return study.search.trials * len(study.search.seeds) + confirmed * (2 if study.search.trials else 1)
+
+
+def require_disk(study: Study, home: Home) -> None:
+    """Raise StorageError where the study's files would not fit."""
+    needed = COMMON_BYTES + runs_of(study) * study.config.limits.artifact_bytes * RUN_BYTES_PER_CAP_BYTE
+    free = shutil.disk_usage(home.root).free
+    if free < needed:
+        raise StorageError(
+            f"{home.root}: {free:,} bytes are free, {runs_of(study)} runs of {study.name} may take {needed:,}",
+            hint="free some space, or set CADDIE_HOME to a larger disk",
+        )
+
+
+def check(study: Study, home: Home) -> PreparedData:
+    """Everything that can be known beforehand; returns the study's data set.
+
+    Raises StorageError, DataError, ProtocolError; ConfigError where the data set's vocabulary is not the model's.
+    """
+    home.require_writable()
+    data = datasets.find(home, study.data)
+    datasets.require_vocabulary(data, study.config.model.vocab_size)
+    require_disk(study, home)
+    return data

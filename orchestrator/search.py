@@ -1,0 +1,298 @@
+"""The search: which point of the space comes next, and which trial is not worth finishing; the only module that knows Optuna.
+
+A proposal follows from the study, the ledger's trials and the trial's number alone, so a controller that starts again
+proposes what it would have proposed. Optuna's journal is a view of the ledger, for optuna-dashboard: it is made anew at
+every start, and nothing is decided from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from orchestrator import ledger
+from orchestrator.errors import ConfigError, MachineError
+from orchestrator.ledger import StudyState, Trial
+from orchestrator.space import Choice, Range
+from orchestrator.study import Study
+from trainer.protocol import storage_error
+
+PERTURBATIONS = 8
+"""Further proposals that are asked for where a proposal repeats an earlier trial; a small grid may have no other."""
+
+IMPORTANCE_TRIALS = 4
+"""Fewest complete trials from which an importance is computed; below, the quantile that it rests on is one trial."""
+
+OPTUNA_STATES = {
+    ledger.RUNNING: TrialState.RUNNING,
+    ledger.COMPLETE: TrialState.COMPLETE,
+    ledger.PRUNED: TrialState.PRUNED,
+    ledger.FAILED: TrialState.FAIL,
+}
+LEDGER_NUMBER, REASON = "caddie_trial", "caddie_reason"  # user attributes, shown by optuna-dashboard
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+# ---------------------------------------------------------------------------------------------------- the space
+
+
+def _label(value: Any) -> str | int | float | bool:
+    """A choice as Optuna stores it: it takes no lists."""
+    return json.dumps(list(value)) if isinstance(value, (tuple, list)) else value
+
+
+def distribution_of(knob_range: Range) -> BaseDistribution:
+    """A knob's range in Optuna's terms."""
+    if isinstance(knob_range, Choice):
+        return CategoricalDistribution([_label(value) for value in knob_range.values])
+    low, high, step = knob_range.low, knob_range.high, knob_range.step
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a grid that ends below `high` is what the study's author wrote
+        if knob_range.is_integer:
+            return IntDistribution(int(low), int(high), log=knob_range.log, step=int(step or 1))
+        return FloatDistribution(float(low), float(high), log=knob_range.log, step=step)
+
+
+def space_of(study: Study) -> dict[str, BaseDistribution]:
+    """The study's space in Optuna's terms, by knob."""
+    return {knob: distribution_of(knob_range) for knob, knob_range in study.space.items()}
+
+
+def _is_inside(params: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> bool:
+    """Whether Optuna can hold the point; the preset may lie outside the ranges that a study explores."""
+    labels = {knob: _label(value) for knob, value in params.items()}
+    try:
+        create_trial(state=TrialState.RUNNING, params=labels, distributions=dict(space))
+    except ValueError:
+        return False
+    return True
+
+
+def _params_of(proposal: Mapping[str, Any], study: Study) -> dict[str, Any]:
+    """A proposal with its choices turned back into the study's values, as JSON keeps them."""
+    params = {}
+    for knob, value in proposal.items():
+        knob_range = study.space[knob]
+        if isinstance(knob_range, Choice):
+            value = next(choice for choice in knob_range.values if _label(choice) == value)
+        params[knob] = list(value) if isinstance(value, tuple) else value
+    return params
+
+
+# ---------------------------------------------------------------------------------------------------- trials
+
+
+def frozen(trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    """A ledger's trial in Optuna's terms.
+
+    A point outside the space becomes a failed trial without parameters: it keeps its number and its value, as an
+    attribute, and the sampler's model, which could not hold it, is not bent.
+    """
+    attributes = {LEDGER_NUMBER: trial.number, REASON: trial.reason}
+    if not _is_inside(trial.params, space):
+        attributes |= {"caddie_params": json.dumps(trial.params), "caddie_value": trial.value}
+        return create_trial(state=TrialState.FAIL, user_attrs=attributes)
+    state = OPTUNA_STATES[trial.state]
+    return create_trial(
+        state=state,
+        params={knob: _label(trial.params[knob]) for knob in space},
+        distributions=dict(space),
+        value=trial.value if state is TrialState.COMPLETE else None,
+        constraints=trial.constraints if state is TrialState.COMPLETE else {},
+        intermediate_values=trial.intermediate,
+        user_attrs=attributes,
+    )
+
+
+def seed_of(study_name: str, number: int, salt: int = 0) -> int:
+    """A sampler's seed; Optuna does not store a sampler's state, and a fixed seed would repeat the first trial."""
+    digest = hashlib.sha256(f"{study_name}\0{number}\0{salt}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def sampler_of(study: Study, seed: int) -> BaseSampler:
+    """The study's sampler. Raises ConfigError for an unknown one, MachineError where it lacks a library."""
+    startup = study.search.startup_trials
+    name = study.search.sampler
+    if name == "tpe":
+        return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
+    if name == "random":
+        return RandomSampler(seed=seed)
+    if name == "gp":
+        if importlib.util.find_spec("torch") is None:  # Optuna itself would say so only after the startup trials
+            raise MachineError(
+                'the sampler "gp" needs PyTorch beside the orchestrator, and it is not installed',
+                hint='pip install torch, or take sampler = "tpe"',
+            )
+        return GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+    raise ConfigError(f"[search] sampler {name!r} is not known to the search", hint='take sampler = "tpe"')
+
+
+def propose(study: Study, trials: Mapping[int, Trial], number: int, *, salt: int = 0) -> dict[str, Any]:
+    """The point of trial `number`, given the trials before it."""
+    space = space_of(study)
+    if study.search.sampler == "qmc":
+        return _propose_of_sequence(study, space, number + salt)
+    scratch = optuna.create_study(direction="minimize", sampler=sampler_of(study, seed_of(study.name, number, salt)))
+    scratch.add_trials([frozen(trials[n], space) for n in sorted(trials)])
+    return _params_of(scratch.ask(fixed_distributions=space).params, study)
+
+
+def _propose_of_sequence(study: Study, space: dict[str, BaseDistribution], position: int) -> dict[str, Any]:
+    """The point at a place of the quasi-random sequence, which knows no values: the sequence is gone through again."""
+    with warnings.catch_warnings():
+        # Experimental since 3.0.0; a test would show a change.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = QMCSampler(seed=seed_of(study.name, 0), scramble=True, warn_independent_sampling=False)
+    scratch = optuna.create_study(direction="minimize", sampler=sampler)
+    origin = optuna.create_study(direction="minimize", sampler=RandomSampler(seed=0))
+    origin.tell(origin.ask(fixed_distributions=space), 0.0)  # from whose space the sequence learns its dimensions
+    scratch.add_trials(origin.trials)
+    for _ in range(position - 1):
+        scratch.ask(fixed_distributions=space)
+    return _params_of(scratch.ask(fixed_distributions=space).params, study)
+
+
+# ---------------------------------------------------------------------------------------------------- stopping
+
+
+def reached(trial: Trial, step: int, before: float) -> float | None:
+    """The trial's first value from `step` on and before step `before`: its value at that checkpoint."""
+    steps = [reported for reported in trial.intermediate if step <= reported < before]
+    return trial.intermediate[min(steps)] if steps else None
+
+
+def is_worse_than_median(value: float, others: list[float], *, startup_trials: int) -> bool:
+    """The median rule: stop what is above the median of the finished others, once there are enough of them."""
+    if not math.isfinite(value):
+        return True
+    return len(others) >= startup_trials and value > statistics.median(others)
+
+
+# ---------------------------------------------------------------------------------------------------- importance
+
+
+def knob_importance(study: Study, state: StudyState) -> dict[str, float]:
+    """How much of the difference between good and other trials goes with each knob (PED-ANOVA), summing to 1.
+
+    Empty with too few complete trials or where every trial scored the same.
+    """
+    space = space_of(study)
+    done = [t for t in state.trials.values() if t.state == ledger.COMPLETE and _is_inside(t.params, space)]
+    if len(done) < IMPORTANCE_TRIALS or len({t.value for t in done}) < 2 or not space:
+        return {}
+    scratch = optuna.create_study(direction="minimize", sampler=RandomSampler(seed=0))
+    scratch.add_trials([frozen(trial, space) for trial in done])
+    return {knob: float(share) for knob, share in optuna.importance.get_param_importances(scratch).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- the port
+
+
+class Search:
+    """Asks and tells in the order of the ledger, and keeps Optuna's journal in step with it."""
+
+    def __init__(self, study: Study, storage: Path) -> None:
+        self.study = study
+        self.path = storage
+        self.space = space_of(study)
+        self.trials: dict[int, Trial] = {}
+        """As the ledger has them."""
+
+        self._view: optuna.Study | None = None
+
+    def rebuild(self, state: StudyState) -> None:
+        """Make the journal anew from the ledger. Raises StorageError."""
+        self.trials = dict(state.trials)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.parent.glob(f"{self.path.name}*"):  # a killed writer's lock would block for ever
+                leftover.unlink()
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        backend = JournalFileBackend(str(self.path), lock_obj=JournalFileOpenLock(str(self.path)))
+        self._view = optuna.create_study(
+            study_name=self.study.name, storage=JournalStorage(backend), direction="minimize", load_if_exists=True
+        )
+        self._view.add_trials([frozen(state.trials[n], self.space) for n in sorted(state.trials)])
+
+    def ask(self, number: int) -> dict[str, Any]:
+        """The point of a new trial: the preset for number 0, else a proposal that repeats no trial, if there is one."""
+        if number == 0:
+            return _as_json(self.study.preset_params())
+        known = [_as_json(trial.params) for trial in self.trials.values()]
+        for salt in range(PERTURBATIONS):
+            params = propose(self.study, self.trials, number, salt=salt)
+            if params not in known:
+                break
+        return params
+
+    def begin(self, trial: Trial) -> None:
+        """Note a trial that the ledger holds by now."""
+        self.trials[trial.number] = trial
+        self._journal.add_trial(frozen(trial, self.space))
+
+    def should_stop(self, number: int, step: int, value: float) -> bool:
+        """Whether the running trial is worse at a checkpoint than the median of the complete trials at theirs.
+
+        The value counts once: an attempt that goes through the same steps again changes nothing.
+        """
+        plan = self.study.stop_early
+        if plan is None or number == 0:
+            return False
+        steps = plan.steps(self.study.config.schedule.steps)
+        own = max((due for due in steps if due <= step), default=None)
+        if own is None:
+            return False
+        before = next((due for due in steps if due > own), math.inf)
+        done = [trial for trial in self.trials.values() if trial.state == ledger.COMPLETE]
+        others = [found for trial in done if (found := reached(trial, own, before)) is not None]
+        return is_worse_than_median(value, others, startup_trials=plan.startup_trials)
+
+    def tell(self, trial: Trial) -> None:
+        """Note how a trial ended, as the ledger has it."""
+        self.trials[trial.number] = trial
+        if not _is_inside(trial.params, self.space):
+            return
+        # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
+        view = optuna.trial.Trial(self._journal, self._journal.trials[trial.number]._trial_id)
+        for step, value in sorted(trial.intermediate.items()):
+            view.report(value, step)
+        view.set_user_attr(REASON, trial.reason)
+        state = OPTUNA_STATES[trial.state]
+        if state is not TrialState.COMPLETE:
+            self._journal.tell(trial.number, state=state)
+            return
+        for name, excess in trial.constraints.items():
+            view.set_constraint(name, excess)  # nothing can be attached once the trial is told
+        self._journal.tell(trial.number, values=trial.value, state=state)
+
+    def importance(self) -> dict[str, float]:
+        """See `knob_importance`."""
+        return knob_importance(self.study, StudyState(trials=self.trials))
+
+    @property
+    def _journal(self) -> optuna.Study:
+        assert self._view is not None, "rebuild() comes first"
+        return self._view
+
+
+def _as_json(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same point as the ledger will give it back."""
+    loaded: dict[str, Any] = json.loads(json.dumps(params))
+    return loaded

@@ -1,0 +1,97 @@
+"""Slots: how many runs this machine takes at a time, and which GPUs belong to each.
+
+submitit's local executor starts whatever it is given at once, on the first GPUs; the queue and the allocation are here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import MachineError
+
+NVIDIA_SMI_SECONDS = 30.0  # a healthy driver answers in one; a hung one must not hang the study
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobResources:
+    """What one job is given."""
+
+    slot: int
+    gpus: tuple[str, ...] = ()
+    """Ids as CUDA_VISIBLE_DEVICES takes them; empty runs on the CPU."""
+
+    processes: int = 1
+    """Processes of the run, under torchrun where more than one."""
+
+    timeout_seconds: float
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> JobResources:
+        """Read what a ledger or `job.json` says of a job."""
+        return cls(**{**record, "gpus": tuple(record["gpus"])})
+
+
+class Slots:
+    """Groups of GPUs, or places on the CPU, and who holds them."""
+
+    def __init__(self, groups: tuple[tuple[str, ...], ...]) -> None:
+        self.groups = groups
+        self.held: dict[Hashable, tuple[int, frozenset[str]]] = {}
+        """Slot number and GPUs by holder."""
+
+    @property
+    def free(self) -> list[int]:
+        """Numbers of the slots that nobody holds, and none of whose GPUs anybody holds."""
+        taken = {slot for slot, _ in self.held.values()}
+        busy_gpus = {gpu for _, gpus in self.held.values() for gpu in gpus}
+        free = [n for n, group in enumerate(self.groups) if n not in taken and not busy_gpus.intersection(group)]
+        return free[: max(0, len(self.groups) - len(self.held))]
+
+    def acquire(self, holder: Hashable) -> int | None:
+        """Give the first free slot, or None."""
+        free = self.free
+        if not free:
+            return None
+        self.occupy(holder, slot=free[0], gpus=self.groups[free[0]])
+        return free[0]
+
+    def occupy(self, holder: Hashable, *, slot: int, gpus: tuple[str, ...]) -> None:
+        """Note a job that was started earlier, perhaps under another division of the machine."""
+        self.held[holder] = slot, frozenset(gpus)
+
+    def release(self, holder: Hashable) -> None:
+        """Free what the holder held; nothing where it held nothing."""
+        self.held.pop(holder, None)
+
+
+def machine_slots(*, slots: int, gpus_per_run: int) -> Slots:
+    """The slots of this machine: `slots` places on the CPU, or its GPUs in groups. Raises MachineError."""
+    if gpus_per_run == 0:
+        return Slots(((),) * slots)
+    gpus = machine_gpus()
+    if len(gpus) < gpus_per_run:
+        raise MachineError(
+            f"[resources] gpus_per_run is {gpus_per_run}, this machine offers {len(gpus)}",
+            hint="lower gpus_per_run, widen CUDA_VISIBLE_DEVICES, or set gpus_per_run = 0 to run on the CPU",
+        )
+    groups = len(gpus) // gpus_per_run
+    return Slots(tuple(tuple(gpus[n * gpus_per_run : (n + 1) * gpus_per_run]) for n in range(groups)))
+
+
+def machine_gpus() -> list[str]:
+    """Ids of the GPUs that may be used: CUDA_VISIBLE_DEVICES where it is set, else what `nvidia-smi` lists."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    names = [line for line in listing.stdout.splitlines() if line.startswith("GPU ")]
+    return [line.removeprefix("GPU ").partition(":")[0] for line in names] if listing.returncode == 0 else []

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from make_data import VOCAB_SIZE, make_data, texts, write_jsonl
+from make_study import make_study
+
+from orchestrator import cli
+from orchestrator.errors import ConfigError, DataError, MachineError, StorageError
+from orchestrator.home import SHIPPED_STUDIES
+from trainer.protocol import TRAIN, DataDir
+
+NAME = "wd-qk-ttt-smoke"
+SHIPPED = str(SHIPPED_STUDIES / f"{NAME}.toml")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def caddie(home: Path, *arguments: str) -> int:
+    return cli.main(["--home", str(home), *arguments])
+
+
+def small_data(home: Path) -> Path:
+    (home / "data").mkdir(parents=True)
+    return make_data(home / "data")
+
+
+# ---- help --------------------------------------------------------------------------------------------------------
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from parsers(command)
+
+
+@pytest.mark.parametrize("parser", list(parsers(cli.make_parser())), ids=lambda parser: parser.prog)
+def test_the_help_of_every_command_shows_an_example_that_is_one(parser: argparse.ArgumentParser) -> None:
+    examples = [line.strip() for line in (parser.epilog or "").splitlines()[1:]]
+    assert examples
+    for example in examples:
+        words = example.split()
+        assert words[0] == "caddie"
+        assert cli.make_parser().parse_args(words[1:]).call
+
+
+def test_an_unknown_command_is_a_usage_error(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        caddie(home, "dmeo")
+    assert caught.value.code == 2
+    assert "invalid choice: 'dmeo'" in capsys.readouterr().err
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def test_data_is_prepared_under_a_name_and_verified(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
+    options = ["--vocab-size", str(VOCAB_SIZE), "--val-frac", "0.2", "--shard-tokens", "4000"]
+    assert caddie(home, "data", "prepare", "--corpus", str(corpus), "--out", "words", *options) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("train ")
+    assert out.endswith(f"{home / 'data' / 'words'}\n")
+    assert caddie(home, "data", "verify", "words") == 0
+    assert capsys.readouterr().out == f"{home / 'data' / 'words'}: sound\n"
+
+
+def test_problems_of_a_data_set_are_told_and_fail_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DataDir(small_data(home)).shard(TRAIN, 0).unlink()
+    assert caddie(home, "data", "verify", "small") == DataError.exit_code
+    told = capsys.readouterr()
+    assert told.out.endswith("small: 1 problems\n")
+    assert "problem: " in told.err
+    assert "the shard is missing" in told.err
+    assert caddie(home, "data", "verify", "small", "--json") == DataError.exit_code
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
+
+
+# ---- studies -----------------------------------------------------------------------------------------------------
+
+
+def fitting_study(home: Path, tmp_path: Path) -> str:
+    """The shipped study on a small data set."""
+    small_data(home)
+    path = tmp_path / "study.toml"
+    source = Path(SHIPPED).read_text().replace('data = "pydoc"', 'data = "small"')
+    path.write_text(source + f'\n[set]\n"model.vocab_size" = {VOCAB_SIZE}\n')
+    return str(path)
+
+
+def test_a_study_is_checked_without_a_submission(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = fitting_study(home, tmp_path)
+    assert caddie(home, "study", "check", study) == 0
+    assert capsys.readouterr().out.startswith(f"{NAME}: sound; 8 trials over optim.muon_weight_decay, ")
+    assert caddie(home, "study", "check", study, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trials"], found["runs_at_most"], found["warnings"]) == (8, 14, [])
+    assert sorted(path.name for path in home.iterdir()) == ["data"]
+
+
+def test_what_weakens_a_study_is_a_warning(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(fitting_study(home, tmp_path))
+    path.write_text(path.read_text().replace("seeds = [1]", "seeds = [42]"))
+    assert caddie(home, "study", "check", str(path)) == 0
+    assert "warning: seeds [42] are searched and confirmed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message", "hint"),
+    [
+        (('"model.qk_gain"', '"model.qk_gian"'), 3, "there is no knob 'model.qk_gian'", "did you mean 'model.qk_gain'?"),
+        (("low = 1.5", "low = 9.5"), 3, '[space."model.qk_gain"] low 9.5 must be below high 6.0', None),
+        (("high = 6.0", "high = -1"), 3, '[space."model.qk_gain"] low 1.5 must be below high -1', None),
+        (('data = "small"', 'data = "large"'), 4, "there is no data set 'large'", "there are: small"),
+        ((f"= {VOCAB_SIZE}", "= 512"), 3, "model.vocab_size is 512, the data set", "take another data set, or set model.vocab_size to 420"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_before_anything_is_written(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    change: tuple[str, str], code: int, message: str, hint: str | None,
+) -> None:  # fmt: skip
+    path = Path(fitting_study(home, tmp_path))
+    path.write_text(path.read_text().replace(*change))
+    assert caddie(home, "study", "run", str(path)) == code
+    told = capsys.readouterr().err
+    assert f"error: {message}" in told or f": {message}" in told
+    assert hint is None or f"hint: {hint}" in told
+    assert sorted(path.name for path in home.iterdir()) == ["data"]
+
+
+def test_a_home_that_cannot_be_written_stops_a_run_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert caddie(tmp_path / "file" / "home", "demo") == StorageError.exit_code
+    assert "error: " in capsys.readouterr().err
+
+
+def test_studies_are_listed_with_where_they_stand(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    assert caddie(home, "study", "list") == 0
+    assert capsys.readouterr().out.startswith(f"{NAME:<32} finished   8 of 8 trials    best ")
+    assert caddie(home, "study", "list", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == NAME
+
+
+def test_a_home_without_studies_lists_none(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "study", "list") == 0
+    assert capsys.readouterr() == ("", f"no studies under {home / 'studies'}\n")
+
+
+def test_the_status_of_a_study_is_told_to_people_and_to_scripts(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    assert caddie(home, "study", "status", NAME) == 0
+    assert capsys.readouterr().out.startswith(f"{NAME}: finished\n")
+    assert caddie(home, "study", "status", NAME, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
+
+
+def test_a_study_is_asked_to_stop(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    assert caddie(home, "study", "stop", NAME, "--cancel") == 0
+    assert "nothing to stop" in capsys.readouterr().out
+
+
+def test_an_unknown_study_is_an_error_with_a_hint(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "study", "status", "wd") == ConfigError.exit_code
+    assert "hint: " in capsys.readouterr().err
+
+
+# ---- records and views -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "42;314"], "--seeds must be whole numbers between commas, got '42;314'"),
+        (["--set", "ttt.lr"], "--set must be knob=value, got 'ttt.lr'"),
+        (["--set", "ttt.lrr=1"], "there is no knob 'ttt.lrr'"),
+        (["--set", "ttt.lr=fast"], "ttt.lr is of type float, got 'fast'"),
+    ],
+)
+def test_a_record_that_cannot_be_meant_is_refused(home: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "run", "smoke", *options) == ConfigError.exit_code
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not home.exists()
+
+
+def test_settings_and_presets_are_read_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.parse_settings(["ttt.lr=0.01", "model.recurrence_layers=2,3"]) == {"ttt.lr": 0.01, "model.recurrence_layers": (2, 3)}
+    assert cli.named_preset("smoke") == "smoke"
+    assert cli.named_preset("mine.toml") == str(tmp_path / "mine.toml")
+
+
+def test_a_report_is_printed_with_the_place_of_its_page(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    assert caddie(home, "report", NAME) == 0
+    out = capsys.readouterr().out
+    page = next(line for line in out.splitlines() if line.startswith("report ")).split()[1]
+    assert Path(page).is_file()
+    assert f"MLflow   caddie --home {home} ui" in out
+    assert caddie(home, "report", NAME, "--json") == 0
+    assert json.loads(capsys.readouterr().out)
+
+
+def test_the_doctor_names_what_it_found_and_fails_only_for_what_is_missing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = caddie(home, "doctor", "--json")
+    findings = json.loads(capsys.readouterr().out)
+    assert code == (MachineError.exit_code if any(finding["status"] == "missing" for finding in findings) else 0)
+    assert caddie(home, "doctor") == code
+    assert findings[0]["name"] in capsys.readouterr().out
+
+
+# ---- the entry ---------------------------------------------------------------------------------------------------
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Let a command end with an error."""
+
+    def raise_it(arguments: argparse.Namespace, home: object) -> int:
+        raise error
+
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(call=raise_it, home=None)
+    monkeypatch.setattr(cli, "make_parser", lambda: parser)
+
+
+def test_a_full_disk_is_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_with(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/home/of/runs"))
+    assert cli.main([]) == StorageError.exit_code
+    told = capsys.readouterr().err
+    assert "error: /home/of/runs: cannot be written: No space left on device" in told
+    assert "hint: free some space" in told
+
+
+def test_another_system_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(monkeypatch, ConnectionResetError(errno.ECONNRESET, "reset"))
+    with pytest.raises(ConnectionResetError):
+        cli.main([])
+
+
+def test_ctrl_c_ends_with_the_shells_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answer_with(monkeypatch, KeyboardInterrupt())
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error(home: Path) -> None:
+    make_study(home)
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "--home", home, "study", "status", NAME],
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (process.returncode, process.stderr) == (141, "")
+
+
+def test_the_home_is_the_environments_where_none_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    monkeypatch.setenv("CADDIE_HOME", str(home))
+    assert cli.main(["study", "list"]) == 0
+    assert NAME in capsys.readouterr().out

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+from make_study import Maker, make_record, make_study, sampled_params, with_event_line
+
+from orchestrator.errors import ConfigError
+from orchestrator.evidence import UNREADABLE, gather, read_curves, study_names
+
+NAME = "wd-qk-ttt-smoke"
+
+
+def test_a_closed_study_has_both_arms_the_best_first(tmp_path):
+    evidence = gather(make_study(tmp_path), NAME)
+    assert [arm.name for arm in evidence.arms] == ["best", "preset"]
+    assert [run.seed for run in evidence.arms[0].runs] == [42, 314, 999]
+    assert evidence.improvement is not None
+    assert evidence.problems == ()
+
+
+def test_every_score_names_the_result_that_it_was_read_from(tmp_path):
+    home = make_study(tmp_path)
+    for run in gather(home, NAME).runs:
+        assert (home.root / run.source).is_file()
+
+
+def test_a_run_with_two_attempts_is_one_run_and_two_started_attempts(tmp_path):
+    evidence = gather(make_study(tmp_path), NAME)
+    run = evidence.trials[2].runs[0]
+    attempts = [attempt for attempt in evidence.attempts if attempt.run_id == run.run_id]
+    assert [(attempt.number, attempt.status, attempt.failure) for attempt in attempts] == [
+        (1, "failed", "infrastructure"), (2, "complete", ""),
+    ]  # fmt: skip
+    assert run.source.endswith("attempts/2/result.json")
+    assert attempts[0].owners == ("trial 2, seed 1",)
+
+
+def test_a_failed_and_a_stopped_run_keep_their_reasons(tmp_path):
+    trials = gather(make_study(tmp_path), NAME).trials
+    assert (trials[3].runs[0].state, trials[3].runs[0].reason) == ("failed", "out_of_memory: CUDA out of memory")
+    assert trials[5].runs[0].state == "stopped"
+    assert "above the median" in trials[5].runs[0].reason
+    assert trials[3].runs[0].bpb("ttt") is None
+
+
+def test_runs_that_still_go_on_are_running(tmp_path):
+    trials = gather(make_study(tmp_path, stage="search"), NAME).trials
+    assert [trial.runs[0].state for trial in trials[-2:]] == ["running", "running"]
+
+
+def test_a_run_that_a_closed_study_never_started_says_so(tmp_path):
+    maker = Maker(tmp_path)
+    maker.ask_trial(0, sampled_params(maker.study, 0))
+    maker.append("closed", reason="stopped")
+    [run] = gather(maker.home, NAME).runs
+    assert (run.state, run.reason) == ("planned", "never started")
+
+
+def test_gains_and_gaps_are_differences_of_stages(tmp_path):
+    run = gather(make_study(tmp_path), NAME).arms[0].runs[0]
+    assert run.ttt_gain == pytest.approx(0.008)
+    assert run.quantization_gap == pytest.approx(0.019)
+
+
+def test_a_damaged_result_is_named_and_its_run_stays_visible(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[1]
+    (home.root / run.source).write_text("{")
+    evidence = gather(home, NAME)
+    assert evidence.arms[0].runs[1].state == UNREADABLE
+    assert len(evidence.problems) == 1
+    assert run.source in evidence.problems[0]
+    assert len(evidence.arms[0].values("ttt")) == 2
+
+
+def test_a_curve_ends_before_a_damaged_line_and_the_place_is_reported(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[0]
+    with_event_line(home.run(run.run_id).attempt(1), b"not json\n")
+    curves, problems = read_curves(home, gather(home, NAME))
+    assert len(curves) == len(gather(home, NAME).runs)
+    assert len(problems) == 1
+    assert "not a JSON object" in problems[0]
+    assert curves[0].steps[0] == 1
+    assert len(curves[0].steps) == len(curves[0].losses) == len(curves[0].train_seconds)
+
+
+def test_curves_leave_out_a_run_whose_result_is_damaged(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[1]
+    (home.root / run.source).write_text("{")
+    evidence = gather(home, NAME)
+    curves, problems = read_curves(home, evidence)
+    assert run.run_id not in {curve.run.run_id for curve in curves}
+    assert problems == []
+
+
+def test_a_record_study_has_one_arm_and_no_trials(tmp_path):
+    evidence = gather(make_record(tmp_path), "record-smoke")
+    assert (len(evidence.arms), evidence.trials, evidence.improvement) == (1, (), None)
+
+
+def test_seconds_are_split_by_whether_a_gpu_was_used(tmp_path):
+    evidence = gather(make_study(tmp_path), NAME)
+    assert evidence.gpu_seconds == 0
+    assert evidence.cpu_run_seconds == pytest.approx(sum(a.seconds for a in evidence.state.attempts.values()))
+
+
+def test_an_unknown_study_is_refused_with_the_known_ones(tmp_path):
+    home = make_study(tmp_path)
+    with pytest.raises(ConfigError, match="no study 'wd'") as error:
+        gather(home, "wd")
+    assert error.value.hint == f"there are: {NAME}"
+    assert study_names(home) == [NAME]
+
+
+def test_an_empty_home_says_that_there_is_no_study_yet(tmp_path: Path):
+    from orchestrator.home import Home
+
+    with pytest.raises(ConfigError) as error:
+        gather(Home(tmp_path), "wd")
+    assert error.value.hint == "there are: none yet"

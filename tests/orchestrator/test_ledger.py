@@ -1,0 +1,102 @@
+import pytest
+
+from orchestrator import ledger
+from orchestrator.errors import ProtocolError, StorageError
+from orchestrator.ledger import Ledger, StudyState, Trial
+
+
+def ask(book, number, **params):
+    book.append(ledger.TRIAL_ASKED, trial=number, origin="sampler", params=params, runs={1: f"run{number}"})
+
+
+def tell(book, number, value, state=ledger.COMPLETE, **constraints):
+    book.append(
+        ledger.TRIAL_TOLD,
+        trial=number,
+        state=state,
+        value=value,
+        constraints=constraints,
+        intermediate={5: 2.5},
+        reason="r",
+    )
+
+
+def test_the_state_of_a_study_follows_from_its_records(tmp_path):
+    book = Ledger(tmp_path / "ledger.jsonl")
+    book.append(ledger.OPENED, source="text", digest="d", identity={"data": "x"}, caddie="0")
+    ask(book, 0, a=1)
+    book.append(ledger.SUBMITTING, run_id="run0", attempt=1, tag="t", resources={"slot": 0})
+    book.append(ledger.SUBMITTED, run_id="run0", attempt=1, job_id="77")
+    book.append(ledger.STOP_ASKED, run_id="run0", attempt=1, reason="median")
+    book.append(ledger.ENDED, run_id="run0", attempt=1, status="complete", failure=None, seconds=3.0, gpus=8)
+    tell(book, 0, 1.5, bytes=-1.0)
+    book.append(ledger.ARM_ASKED, arm="preset", trial=0, params={"a": 1}, runs={42: "run9", 1: "run0"})
+    book.append(ledger.CLOSED, reason="finished")
+    state = book.state()
+    assert (state.source, state.identity, state.closed) == ("text", {"data": "x"}, "finished")
+    assert state.trials[0].runs == {1: "run0"} and state.trials[0].intermediate == {5: 2.5}
+    assert (state.trials[0].state, state.trials[0].value, state.trials[0].reason) == ("complete", 1.5, "r")
+    (attempt,) = state.attempts_of("run0")
+    assert (attempt.job_id, attempt.stop_reason, attempt.status) == ("77", "median", "complete")
+    assert state.run_ids == ["run0", "run9"]
+    assert state.gpu_seconds == 24.0
+    book.append(ledger.OPENED, source="text 2", digest="d", caddie="0")
+    assert book.state().closed is None and book.state().opened_at == state.opened_at
+
+
+def test_the_best_trial_is_the_lowest_feasible_one_and_the_earliest_of_equals():
+    def trial(number, value, excess=0.0, state=ledger.COMPLETE):
+        return Trial(
+            number=number, origin="sampler", params={}, runs={}, state=state, value=value, constraints={"bytes": excess}
+        )
+
+    trials = [
+        trial(0, 2.0),
+        trial(1, 1.0, excess=1.0),
+        trial(2, 1.5),
+        trial(3, 1.5),
+        trial(4, 1.1, state=ledger.PRUNED),
+    ]
+    assert StudyState(trials={t.number: t for t in trials}).best.number == 2
+    assert StudyState().best is None
+
+
+def test_a_record_is_returned_as_it_was_written(tmp_path):
+    book = Ledger(tmp_path / "ledger.jsonl")
+    record = book.append(ledger.CLOSED, reason="stopped")
+    assert record["kind"] == ledger.CLOSED and record["reason"] == "stopped" and record["time"] > 0
+
+
+def test_a_torn_last_line_is_cut_off_and_the_rest_kept(tmp_path):
+    book = Ledger(tmp_path / "ledger.jsonl")
+    book.drop_torn_line()
+    ask(book, 0)
+    with book.path.open("a") as file:
+        file.write('{"kind": "trial_to')
+    assert list(book.state().trials) == [0]
+    book.drop_torn_line()
+    ask(book, 1)
+    assert list(book.state().trials) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"kind": "vote", "time": 1}\n', "unknown kind of record 'vote'"),
+        ('{"time": 1}\n', "lacks or refers to the unknown 'kind'"),
+        ('{"kind": "submitted", "time": 1, "run_id": "a", "attempt": 3, "job_id": "1"}\n', "refers to the unknown"),
+        ('{"kind"\n{}\n', "byte 0: not a JSON object"),
+        ("[]\n", "byte 0: not a JSON object"),
+    ],
+)
+def test_a_damaged_ledger_is_refused_with_its_place(tmp_path, line, message):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(line)
+    with pytest.raises(ProtocolError, match=message):
+        Ledger(path).state()
+
+
+def test_a_ledger_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        Ledger(tmp_path / "file" / "ledger.jsonl").append(ledger.CLOSED, reason="x")

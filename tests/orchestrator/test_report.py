@@ -1,0 +1,237 @@
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from make_study import SMOKE, Maker, confirm, make_record, make_study, sampled_params, search, with_event_line
+
+from orchestrator import ledger
+from orchestrator.evidence import gather
+from orchestrator.report import claim, render_text, write_report
+from orchestrator.statistics import difference
+
+NAME = "wd-qk-ttt-smoke"
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its identifiers and its tables' rows."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.ids, self.headings, self.targets, self._tag = [], set(), [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._tag = tag
+        attributes = dict(attrs)
+        if "id" in attributes:
+            self.ids.add(attributes["id"])
+        if "src" in attributes or (tag == "link" and not attributes["href"].startswith("data:")):
+            self.loads.append(attributes)
+        if tag == "a":
+            self.targets.append(attributes["href"])
+
+    def handle_data(self, data):
+        if self._tag == "h2" and data.strip():
+            self.headings.append(data.strip())
+
+
+@pytest.fixture
+def finished(tmp_path):
+    home = make_study(tmp_path)
+    return home, write_report(home, NAME)
+
+
+def test_a_report_is_four_files_in_the_studys_folder(finished):
+    home, report = finished
+    names = {path.name for path in home.study(NAME).report.iterdir()}
+    assert names == {"report.html", "report.md", "report.json", "record.csv"}
+    assert report.page == home.study(NAME).report_page
+
+
+def test_the_page_loads_nothing_from_anywhere(finished):
+    _, report = finished
+    text = report.page.read_text()
+    assert Page(text).loads == []
+    assert "@import" not in text.split("<script>")[0]
+    assert not re.search(r"url\(", text.split("<script>")[0])
+
+
+def test_the_page_holds_every_plot_and_table_and_each_link_leads_somewhere(finished):
+    home, report = finished
+    page = Page(report.page.read_text())
+    assert page.headings == [
+        "Record: best", "Record: preset", "Seeds", "Trials and best so far", "Value by knob", "Knob importance",
+        "Bits per byte by stage", "Loss by step", "Loss by seconds", "Knobs", "Stages", "Bytes", "Phases", "Trials", "Started runs",
+    ]  # fmt: skip
+    for target in page.targets:
+        if target.startswith("#"):
+            assert target[1:] in page.ids
+        else:
+            assert (home.study(NAME).report / target).resolve().is_file()
+
+
+def test_markup_in_a_studys_text_is_shown_and_not_run(tmp_path):
+    home = Maker(tmp_path, SMOKE.replace("Do Muon's", "<script>alert(1)</script> Do Muon's")).home
+    text = write_report(home, NAME).page.read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_the_record_table_has_the_authors_form_a_row_a_seed_mean_and_spread(finished):
+    _, report = finished
+    lines = render_text(report).splitlines()
+    start = lines.index("Record: best")
+    assert lines[start + 2].split("  ")[-1].strip() == "Artifact bytes"
+    assert re.split(r"\s{2,}", lines[start + 2].strip()) == ["Seed", "Steps", "Sliding BPB", "TTT BPB", "TTT gain", "Artifact bytes"]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in lines[start + 4 : start + 10]]
+    assert [row[0] for row in rows] == ["42", "314", "999", rows[3][0], "mean of 3", "std (n−1)"]
+    assert rows[0][5] == "455,274"
+    values = [float(row[3]) for row in rows[:3]]
+    assert float(rows[4][3]) == pytest.approx(sum(values) / 3, abs=1e-5)  # five decimals are shown
+
+
+def test_the_spread_of_the_record_divides_by_n_minus_one(finished):
+    _, report = finished
+    summary = report.evidence.arms[0].summary("ttt")
+    row = next(line for line in render_text(report).splitlines() if line.startswith("std (n−1)"))
+    assert f"{summary.std:.5f}" in row
+    assert "sample standard deviation, n - 1" in report.text.read_text()
+
+
+def test_the_claim_gives_difference_interval_and_says_within_noise(finished):
+    _, report = finished
+    evidence = report.evidence
+    expected = difference(evidence.arms[0].values("ttt"), evidence.arms[1].values("ttt"))
+    assert expected.contains_zero
+    assert f"a difference of {expected.value:+.5f}".replace("-", "−") in report.claim
+    assert "95% Welch interval" in report.claim
+    assert "3 and 3 seeds" in report.claim
+    assert report.claim.endswith("within noise, the interval contains zero.")
+
+
+@pytest.mark.parametrize(("shift", "word"), [(-0.5, "better"), (0.5, "worse")])
+def test_a_clear_difference_is_called_better_or_worse(tmp_path, shift, word):
+    home = make_study(tmp_path)
+    for run in gather(home, NAME).arms[0].runs:
+        path = home.root / run.source
+        result = json.loads(path.read_text())
+        result["scores"]["ttt"]["bpb"] += shift
+        path.write_text(json.dumps(result))
+    assert f"{word} than the preset, the interval excludes zero" in claim(gather(home, NAME))
+
+
+def test_a_seed_without_a_result_keeps_its_row_with_the_reason(tmp_path):
+    report = write_report(make_study(tmp_path, failing_seed=314), NAME)
+    row = next(line for line in render_text(report).splitlines() if line.strip().startswith("314"))
+    assert "failed: not_finite: the loss is not a number at step 31" in row
+    assert "mean of 2" in render_text(report)
+    assert "best, seed 314 has no score" in " ".join(report.problems)
+    with report.record_csv.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == "best"]
+    assert [(row["seed"], row["state"], row["ttt_bpb"] == "") for row in rows] == [
+        ("42", "complete", False), ("314", "failed", True), ("999", "complete", False),
+    ]  # fmt: skip
+
+
+def test_one_complete_seed_has_no_interval_and_nothing_follows(tmp_path):
+    maker = Maker(tmp_path)
+    search(maker, 2)
+    for name, number in (("preset", 0), ("best", 1)):
+        for run in maker.ask_arm(name, number, sampled_params(maker.study, number), (42,)).values():
+            maker.complete(run)
+    assert "too few seeds, or no spread, for an interval, so nothing follows" in claim(gather(maker.home, NAME))
+
+
+def test_a_study_in_the_middle_reports_that_its_best_is_not_confirmed(tmp_path):
+    report = write_report(make_study(tmp_path, stage="search"), NAME)
+    assert report.claim.startswith("Not confirmed: the best of 4 scored trials is trial 1")
+    assert "The study is not finished: this is its state so far." in report.problems
+    assert report.page.stat().st_size > 1_000_000
+
+
+def test_a_study_without_a_run_gives_a_report_that_says_so(tmp_path):
+    report = write_report(make_study(tmp_path, stage="opened"), NAME)
+    assert report.claim == "There is no TTT BPB yet: no run has ended with a score that keeps the limits."
+    assert "Plotly" not in report.page.read_text()
+
+
+def test_a_preset_that_no_trial_beats_is_confirmed_alone(tmp_path):
+    maker = Maker(tmp_path)
+    search(maker, 1)
+    assert maker.study.confirm is not None
+    for run in maker.ask_arm("preset", 0, maker.study.preset_params(), maker.study.confirm.seeds).values():
+        maker.complete(run)
+    found = claim(gather(maker.home, NAME))
+    assert found.startswith("No trial was better than the preset. preset has TTT BPB ")
+    assert "over 3 seeds" in found
+
+
+def test_a_record_attempt_without_a_search_is_reported(tmp_path):
+    report = write_report(make_record(tmp_path), "record-smoke")
+    assert re.fullmatch(r"preset has TTT BPB 2\.\d{5} ± 0\.\d{5} \(n−1\) over 3 seeds\.", report.claim)
+    assert "Trials" not in Page(report.page.read_text()).headings
+
+
+def test_an_artifact_over_the_cap_is_said_before_the_numbers(tmp_path):
+    home = make_study(tmp_path)
+    path = home.root / gather(home, NAME).arms[0].runs[2].source
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps({**result, "artifact_bytes": 500_001}))
+    report = write_report(home, NAME)
+    assert "best: the artifact is over the cap on seeds 999." in report.problems
+    assert "over the cap" in report.text.read_text()
+
+
+def test_every_started_run_is_listed_with_its_result_file(finished):
+    _, report = finished
+    text = report.text.read_text()
+    started = text[text.index("## Started runs") :]
+    for attempt in report.evidence.attempts:
+        assert f"[{attempt.source}](../../../{attempt.source})" in started
+    assert started.count("\n| ") == len(report.evidence.attempts) + 2  # heading and rule
+    assert "0 GPU-seconds" in started
+
+
+def test_the_json_form_has_every_number_in_full_and_no_nan(finished):
+    home, report = finished
+    record = json.loads(report.data.read_text(), parse_constant=pytest.fail)
+    run = record["arms"][0]["runs"][0]
+    source = json.loads((home.root / run["source"]).read_text())
+    assert run["bpb"]["ttt"] == source["scores"]["ttt"]["bpb"]
+    assert record["improvement"]["value"] == report.evidence.improvement.value
+    assert [trial["state"] for trial in record["trials"]].count("pruned") == 1
+
+
+def test_the_trials_table_shows_a_violated_constraint(finished):
+    _, report = finished
+    text = report.text.read_text()
+    row = next(line for line in text[text.index("## Trials") :].splitlines() if line.startswith("| 6 |"))
+    assert "artifact_bytes +1500" in row
+
+
+def test_a_damaged_event_line_is_reported_and_the_rest_is_shown(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[0]
+    with_event_line(home.run(run.run_id).attempt(1), b"\xff broken\n")
+    report = write_report(home, NAME)
+    assert any("not a JSON object" in problem for problem in report.problems)
+    assert "warning: " in render_text(report)
+
+
+def test_a_pipe_in_a_reason_does_not_break_the_markdown_table(tmp_path):
+    maker = Maker(tmp_path)
+    [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
+    maker.fail(run, "code", "a | b\nc")
+    maker.tell(0, ledger.FAILED, reason="code: a | b\nc")
+    row = next(line for line in write_report(maker.home, NAME).text.read_text().splitlines() if line.startswith("| 0 | preset"))
+    assert "code: a \\| b c" in row
+
+
+def test_writing_a_report_again_replaces_it(tmp_path):
+    maker = Maker(tmp_path)
+    search(maker, 8)
+    first = write_report(maker.home, NAME).claim
+    confirm(maker)
+    assert first != write_report(maker.home, NAME).claim

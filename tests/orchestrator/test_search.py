@@ -1,0 +1,275 @@
+import dataclasses
+import math
+
+import optuna
+import pytest
+from fakes import tiny_study
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from orchestrator import ledger
+from orchestrator.errors import ConfigError, MachineError, StorageError
+from orchestrator.ledger import StudyState, Trial
+from orchestrator.search import Search, is_worse_than_median, knob_importance, propose, sampler_of, seed_of
+from orchestrator.space import Choice, NumberRange
+from trainer.protocol import SLIDING
+
+DECAY, RATE = "optim.muon_weight_decay", "ttt.lr"
+
+
+def study_with(**search):
+    study = tiny_study(trials=40, extra="[stop_early]\nat_fracs = [0.25, 0.5]\nstartup_trials = 3")
+    return dataclasses.replace(study, search=dataclasses.replace(study.search, **search))
+
+
+def trial(number, params, *, state=ledger.COMPLETE, value=1.0, **fields):
+    value = value if state == ledger.COMPLETE else None
+    return Trial(
+        number=number, origin="sampler", params=params, runs={1: f"r{number}"}, state=state, value=value, **fields
+    )
+
+
+def point(decay, rate=0.002):
+    return {DECAY: decay, RATE: rate}
+
+
+def state_of(*trials):
+    return StudyState(trials={t.number: t for t in trials})
+
+
+def search_on(study, tmp_path, state=None):
+    search = Search(study, tmp_path / "optuna.journal")
+    search.rebuild(state or StudyState())
+    return search
+
+
+def journal(tmp_path):
+    """As optuna-dashboard reads it."""
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "optuna.journal")))
+    return optuna.load_study(study_name="tiny", storage=storage).trials
+
+
+def go_on(search, study, numbers):
+    """Ask and tell in turn, as the controller does; the score is lowest at decay 0.05."""
+    asked = []
+    for number in numbers:
+        params = search.ask(number)
+        asked.append(params)
+        running = trial(number, params, state=ledger.RUNNING)
+        search.begin(running)
+        running.state, running.value = ledger.COMPLETE, (params[DECAY] - 0.05) ** 2 + params[RATE]
+        running.constraints = {"artifact_bytes": -1.0}
+        search.tell(running)
+    return asked
+
+
+def test_the_first_trial_is_the_preset(tmp_path):
+    study = study_with()
+    assert search_on(study, tmp_path).ask(0) == study.preset_params()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+def test_a_restart_goes_on_with_what_would_have_been_proposed(tmp_path, sampler):
+    study = study_with(sampler=sampler)
+    unbroken = search_on(study, tmp_path / "a")
+    expected = go_on(unbroken, study, range(10))
+    first = search_on(study, tmp_path / "b")
+    begun = go_on(first, study, range(6))
+    second = search_on(study, tmp_path / "c", StudyState(trials=dict(first.trials)))
+    assert begun + go_on(second, study, range(6, 10)) == expected
+    assert len({str(params) for params in expected}) == 10
+
+
+def test_another_study_is_searched_elsewhere(tmp_path):
+    study = study_with()
+    other = dataclasses.replace(study, name="other")
+    assert propose(study, {}, 1) != propose(other, {}, 1)
+    assert seed_of("a", 1) != seed_of("a", 2) != seed_of("a", 2, 1)
+
+
+def test_proposals_lie_in_the_space_and_fall_into_the_types_of_their_knobs(tmp_path):
+    study = dataclasses.replace(
+        study_with(sampler="random"),
+        space={
+            "ttt.epochs": NumberRange(low=1, high=7, step=2, is_integer=True),
+            "ttt.lr": NumberRange(low=0.001, high=0.1, log=True),
+            "quant.damping": NumberRange(low=0.01, high=0.1, step=0.04),
+            "model.recurrence_layers": Choice(values=((2, 3), ())),
+            "quant.method": Choice(values=("gptq", "rtn")),
+        },
+    )
+    seen = [propose(study, {}, number) for number in range(1, 30)]
+    assert {params["ttt.epochs"] for params in seen} <= {1, 3, 5, 7}
+    assert all(0.001 <= params["ttt.lr"] <= 0.1 for params in seen)
+    assert {round(params["quant.damping"], 6) for params in seen} == {0.01, 0.05, 0.09}
+    assert {str(params["model.recurrence_layers"]) for params in seen} == {"[2, 3]", "[]"}
+    for params in seen:
+        study.config_of(params)
+
+
+def test_a_point_of_the_space_is_not_run_twice_while_another_is_left(tmp_path):
+    study = dataclasses.replace(
+        study_with(sampler="random", trials=4), space={"quant.method": Choice(values=("gptq", "rtn"))}
+    )
+    search = search_on(study, tmp_path, state_of(trial(0, {"quant.method": "gptq"})))
+    assert search.ask(1) == {"quant.method": "rtn"}
+
+
+def test_tpe_learns_where_the_score_is_low(tmp_path):
+    study = study_with()
+    asked = go_on(search_on(study, tmp_path), study, range(30))
+    late = [abs(params[DECAY] - 0.05) for params in asked[15:]]
+    assert sorted(late)[len(late) // 2] < 0.05
+
+
+def test_running_trials_keep_the_sampler_from_proposing_beside_them(tmp_path):
+    """Constant liar: with the same trials told, a running one changes what comes next."""
+    study = study_with()
+    told = [trial(n, point(0.02 * (n + 1)), value=1.0 + n) for n in range(8)]
+    alone = propose(study, {t.number: t for t in told}, 9)
+    running = trial(8, alone, state=ledger.RUNNING)
+    assert propose(study, {t.number: t for t in [*told, running]}, 9) != alone
+
+
+def test_the_journal_shows_the_ledgers_trials_to_others(tmp_path):
+    study = study_with()
+    state = state_of(
+        trial(0, point(0.09), value=1.5, constraints={"artifact_bytes": 10.0}, intermediate={60: 3.0}),
+        trial(1, point(0.02), state=ledger.PRUNED, intermediate={30: 4.0}, reason="stopped early"),
+        trial(2, point(0.03), state=ledger.FAILED, reason="code: x"),
+        trial(3, point(0.04), state=ledger.RUNNING),
+    )
+    search = search_on(study, tmp_path, state)
+    seen = journal(tmp_path)
+    assert [t.state for t in seen] == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING]
+    assert (seen[0].value, seen[0].constraints, seen[0].intermediate_values) == (
+        1.5,
+        {"artifact_bytes": 10.0},
+        {60: 3.0},
+    )
+    assert seen[1].user_attrs["caddie_reason"] == "stopped early"
+    done = state.trials[3]
+    done.state, done.value, done.constraints, done.intermediate = (
+        ledger.COMPLETE,
+        1.2,
+        {"artifact_bytes": -1.0},
+        {60: 2.0},
+    )
+    search.tell(done)
+    last = journal(tmp_path)[3]
+    assert (last.state, last.value, last.params) == (TrialState.COMPLETE, 1.2, point(0.04))
+    assert (last.constraints, last.intermediate_values) == ({"artifact_bytes": -1.0}, {60: 2.0})
+
+
+@pytest.mark.parametrize(("end", "expected"), [(ledger.PRUNED, TrialState.PRUNED), (ledger.FAILED, TrialState.FAIL)])
+def test_trials_without_a_value_are_told_as_what_they_are(tmp_path, end, expected):
+    search = search_on(study_with(), tmp_path)
+    running = trial(0, point(0.09), state=ledger.RUNNING)
+    search.begin(running)
+    running.state, running.reason = end, "why"
+    search.tell(running)
+    (seen,) = journal(tmp_path)
+    assert (seen.state, seen.user_attrs["caddie_reason"]) == (expected, "why")
+
+
+def test_the_journal_is_made_anew_whatever_a_killed_controller_left(tmp_path):
+    study = study_with()
+    (tmp_path / "optuna.journal").write_text("{broken\n{}\n")
+    (tmp_path / "optuna.journal.lock").write_text("")
+    search_on(study, tmp_path, state_of(trial(0, point(0.09))))
+    assert len(journal(tmp_path)) == 1
+
+
+def test_a_journal_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        Search(study_with(), tmp_path / "file" / "optuna.journal").rebuild(StudyState())
+
+
+def test_a_preset_outside_the_space_keeps_its_number_and_leaves_the_sampler_working(tmp_path):
+    study = study_with()
+    outside = trial(0, point(0.9), value=1.4)
+    search = search_on(study, tmp_path, state_of(outside))
+    asked = go_on(search, study, range(1, 8))
+    assert all(0.01 <= params[DECAY] <= 0.3 for params in asked)
+    search.tell(outside)
+    seen = journal(tmp_path)
+    assert [t.number for t in seen] == list(range(8))
+    assert seen[0].user_attrs["caddie_value"] == 1.4
+
+
+def curve(number, loss_25, loss_50, state=ledger.COMPLETE):
+    return trial(number, point(0.01 * (number + 1)), state=state, intermediate={30: loss_25, 60: loss_50})
+
+
+def test_a_trial_above_the_median_of_the_complete_ones_is_stopped(tmp_path):
+    search = search_on(study_with(), tmp_path, state_of(curve(0, 5, 3.0), curve(1, 5, 3.2), curve(2, 5, 3.4)))
+    assert search.should_stop(3, 60, 3.21)
+    assert not search.should_stop(3, 60, 3.2)
+
+
+def test_each_checkpoint_is_compared_with_itself(tmp_path):
+    search = search_on(study_with(), tmp_path, state_of(*(curve(n, 5.0, 3.0) for n in range(3))))
+    assert not search.should_stop(3, 30, 4.9)
+    assert search.should_stop(3, 60, 4.9)
+    assert search.should_stop(3, 119, 3.1)
+    assert not search.should_stop(3, 29, 99.0)
+
+
+def test_the_preset_is_never_stopped_and_nobody_before_enough_trials(tmp_path):
+    search = search_on(study_with(), tmp_path, state_of(*(curve(n, 5.0, 3.0) for n in range(3))))
+    assert not search.should_stop(0, 60, 9.0)
+    few = search_on(
+        study_with(), tmp_path / "few", state_of(curve(0, 5, 3), curve(1, 5, 3), curve(2, 5, 3, ledger.PRUNED))
+    )
+    assert not few.should_stop(3, 60, 9.0)
+
+
+def test_without_a_plan_nobody_is_stopped(tmp_path):
+    study = dataclasses.replace(study_with(), stop_early=None)
+    assert not search_on(study, tmp_path).should_stop(3, 60, math.nan)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1), st.floats(0, 10))
+def test_the_median_rule_stops_at_most_half_of_those_that_it_compares(others, value):
+    stopped = [x for x in others if is_worse_than_median(x, others, startup_trials=1)]
+    assert len(stopped) <= len(others) / 2
+    assert is_worse_than_median(math.nan, others, startup_trials=99)
+    assert not is_worse_than_median(value, others, startup_trials=len(others) + 1)
+
+
+def test_importance_finds_the_knob_that_matters_and_sums_to_one():
+    study = study_with()
+    trials = [
+        trial(n, point(0.01 + 0.28 * (n % 7) / 7, 0.001 + 0.001 * (n % 5)), value=(n % 7) + 0.001 * (n % 5))
+        for n in range(35)
+    ]
+    shares = knob_importance(study, state_of(*trials))
+    assert shares[DECAY] > 0.6 and sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_importance_is_empty_where_nothing_can_be_said(tmp_path):
+    study = study_with()
+    few = state_of(*(trial(n, point(0.01 * (n + 1)), value=n) for n in range(3)))
+    equal = state_of(*(trial(n, point(0.01 * (n + 1)), value=1.0) for n in range(9)))
+    assert knob_importance(study, few) == knob_importance(study, equal) == {}
+    assert search_on(study, tmp_path, few).importance() == {}
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(ConfigError, match="sampler 'cmaes' is not known"):
+        sampler_of(study_with(sampler="cmaes"), 1)
+
+
+def test_the_gaussian_process_says_that_it_needs_torch(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MachineError, match='"gp" needs PyTorch') as caught:
+        sampler_of(study_with(sampler="gp"), 1)
+    assert 'sampler = "tpe"' in caught.value.hint
+
+
+def test_the_objective_does_not_matter_to_the_search(tmp_path):
+    assert propose(study_with(objective=SLIDING), {}, 3) == propose(study_with(), {}, 3)

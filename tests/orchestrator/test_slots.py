@@ -1,0 +1,78 @@
+import pytest
+
+from orchestrator.errors import MachineError
+from orchestrator.slots import JobResources, Slots, machine_gpus, machine_slots
+
+
+def test_a_slot_is_given_once_and_again_after_its_release():
+    slots = Slots(((), ()))
+    assert [slots.acquire("a"), slots.acquire("b"), slots.acquire("c")] == [0, 1, None]
+    slots.release("a")
+    slots.release("nobody")
+    assert slots.acquire("c") == 0
+
+
+def test_a_slot_is_not_free_while_an_earlier_job_holds_one_of_its_gpus_under_another_division():
+    slots = Slots((("0", "1"), ("2", "3")))
+    slots.occupy("earlier", slot=5, gpus=("1",))
+    assert slots.free == [1]
+
+
+def test_jobs_from_before_the_number_of_places_was_lowered_still_count():
+    slots = Slots(((),))
+    slots.occupy("earlier", slot=3, gpus=())
+    assert slots.free == []
+
+
+def test_gpus_are_grouped_and_the_rest_is_left_over(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5, GPU-ab,7,9")
+    assert machine_slots(slots=1, gpus_per_run=2).groups == (("4", "5"), ("GPU-ab", "7"))
+
+
+def test_places_on_the_cpu_have_no_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert machine_slots(slots=3, gpus_per_run=0).groups == ((), (), ())
+
+
+def test_too_few_gpus_are_an_error_that_names_both_numbers(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(MachineError, match="gpus_per_run is 8, this machine offers 1") as caught:
+        machine_slots(slots=1, gpus_per_run=8)
+    assert "gpus_per_run = 0" in caught.value.hint
+
+
+def test_minus_one_hides_every_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert machine_gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (
+            "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'; echo '  MIG 1g: x'; echo 'GPU 1: NVIDIA H100 (UUID: GPU-2)'",
+            ["0", "1"],
+        ),
+        ("echo 'GPU 0: half a driver'; exit 9", []),
+    ],
+)
+def test_without_a_restriction_the_driver_lists_the_gpus(tmp_path, monkeypatch, script, expected):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine_gpus() == expected
+
+
+def test_without_a_driver_there_is_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine_gpus() == []
+
+
+def test_resources_are_read_back_from_a_record():
+    resources = JobResources(slot=1, gpus=("0", "3"), processes=2, timeout_seconds=60.0)
+    assert (
+        JobResources.from_record({"slot": 1, "gpus": ["0", "3"], "processes": 2, "timeout_seconds": 60.0}) == resources
+    )

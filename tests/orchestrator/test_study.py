@@ -1,0 +1,155 @@
+import dataclasses
+import re
+
+import pytest
+from fakes import study_text, tiny_study
+
+from orchestrator.errors import ConfigError
+from orchestrator.home import SHIPPED_STUDIES
+from orchestrator.study import StopEarlyPlan, load_preset, load_study, parse_study, record_study
+from trainer.config import Config, knob_value
+from trainer.protocol import SLIDING, TTT
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED_STUDIES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_study_is_valid_and_named_after_its_file(path):
+    assert load_study(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted((SHIPPED_STUDIES / "presets").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_preset_is_valid(path):
+    assert isinstance(load_preset(path.stem), Config)
+
+
+def test_a_study_sets_knobs_on_its_preset_and_the_preset_is_a_point_of_its_space():
+    study = tiny_study(settings='"ttt.lr" = 0.004\n"optim.muon_weight_decay" = 0.09')
+    assert study.preset_params() == {"optim.muon_weight_decay": 0.09, "ttt.lr": 0.004}
+    assert study.config_of({"ttt.lr": 0.01}).ttt.lr == 0.01
+    assert study.config.ttt.lr == 0.004
+
+
+def test_a_number_may_be_written_as_a_whole_one():
+    assert tiny_study(resources="timeout_minutes = 2").resources.timeout_minutes == 2.0
+
+
+def test_a_shipped_study_is_found_by_its_name():
+    from pathlib import Path
+
+    assert load_study(Path("wd-qk-ttt-smoke")).name == "wd-qk-ttt-smoke"
+
+
+def test_steps_of_comparison_rise_and_are_rounded_up():
+    assert StopEarlyPlan(at_fracs=(0.5, 0.25, 0.254)).steps(10) == [3, 5]
+
+
+CASES = [
+    ('name = "tiny"', 'name = = "tiny"', "not TOML"),
+    ('name = "tiny"', 'nam = "tiny"', "a study has no key 'nam'"),
+    ('name = "tiny"', "", 'a study needs name = "...", got None'),
+    ('name = "tiny"', "name = 3", 'a study needs name = "...", got 3'),
+    ('name = "tiny"', 'name = "Tiny study"', "name must be lower-case"),
+    ('preset = "smoke"', 'preset = "smok"', "there is no preset 'smok'"),
+    ("[search]\ntrials = 4\nseeds = [1]", "", "a study needs a table [search] with entries"),
+    ("trials = 4", "trial = 4", "[search] has no key 'trial'"),
+    ("trials = 4", "", "[search] needs trials"),
+    ("trials = 4", "trials = 0", "[search] trials must be at least 1, got 0"),
+    ("trials = 4", "trials = 4.5", "[search] trials must be of type int, got 4.5"),
+    ("trials = 4", "trials = 4\nstartup_trials = 0", "[search] startup_trials must be at least 1, got 0"),
+    ("seeds = [1]", "seeds = []", "[search] seeds must be a list with at least one value"),
+    ("seeds = [1]", "seeds = [1, 1]", "[search] seeds names a value twice"),
+    ("seeds = [1]", 'seeds = ["1"]', "[search] seeds must be of type int, got '1'"),
+    ("trials = 4", 'trials = 4\nsampler = "tpee"', "[search] sampler must be one of tpe"),
+    ("trials = 4", 'trials = 4\nobjective = "tt"', "[search] objective must be one of"),
+    ("slots = 2", "slots = 0", "[resources] slots must be at least 1, got 0"),
+    ("slots = 2", "gpus_per_run = -1", "[resources] gpus_per_run must be at least 0, got -1"),
+    ("slots = 2", "processes_per_run = 0", "[resources] processes_per_run must be at least 1"),
+    ("slots = 2", "max_attempts = 0", "[resources] max_attempts must be at least 1"),
+    ("slots = 2", "timeout_minutes = 0", "[resources] timeout_minutes must be above 0"),
+    ("slots = 2", 'launcher = "slurn"', "[resources] launcher must be one of local"),
+    ("[set]", '[set]\n"ttt.lrr" = 1', "there is no knob 'ttt.lrr'"),
+    ("[set]", '[set]\n"ttt.method" = "off"', 'objective is "ttt", but ttt.method is "off"'),
+    ("slots = 2", "slots = 2\n[stop_early]\nat_fracs = [1.0]", "at_fracs must lie between 0 and 1, got 1.0"),
+    ("slots = 2", "slots = 2\n[stop_early]\nstartup_trials = 0", "[stop_early] startup_trials must be at least 1"),
+    ("[resources]\nslots = 2", "resources = 3", "[resources] must be a table, got 3"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), CASES, ids=[case[2][:40] for case in CASES])
+def test_a_bad_study_names_the_table_the_value_and_the_rule(old, new, message):
+    text = study_text()
+    assert old in text
+    if old.startswith("[resources]"):
+        text = new + text.replace(old, "")
+    else:
+        text = text.replace(old, new, 1)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_study(text)
+
+
+def test_a_bad_study_file_is_named(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text("x = 1")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: a study has no key 'x'")):
+        load_study(path)
+
+
+def test_a_study_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: cannot be read")):
+        load_study(path)
+
+
+def test_a_missing_study_file_is_answered_with_the_nearest_shipped_one(tmp_path):
+    with pytest.raises(ConfigError, match="there is no such study file") as caught:
+        load_study(tmp_path / "wd-qk-ttt-smok")
+    assert "wd-qk-ttt-smoke" in caught.value.hint
+
+
+def test_a_preset_may_be_a_file_and_its_errors_name_it(tmp_path):
+    path = tmp_path / "own.toml"
+    path.write_text("[model]\nlayrs = 3\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: [model] has no key 'layrs'")) as caught:
+        load_preset(str(path))
+    assert "layers" in caught.value.hint
+
+
+def test_searching_on_the_confirmations_seeds_and_too_few_of_them_are_warned_of():
+    first, second = tiny_study(seeds="[1, 42]", confirm="[42, 43]").warnings()
+    assert "seeds [42] are searched and confirmed" in first
+    assert "2 confirmation seeds" in second
+    assert tiny_study(confirm="[42, 43, 44]").warnings() == []
+
+
+def test_a_record_attempt_is_a_study_without_a_search_that_its_own_text_gives_back():
+    study = record_study(
+        "smoke", data="pydoc", seeds=(42, 314), knobs={"ttt.lr": 0.004, "model.recurrence_layers": (2, 3), "runtime.compile": False},
+        resources={"slots": 1},
+    )  # fmt: skip
+    assert (study.search.trials, study.space, study.confirm.seeds, study.resources.slots) == (0, {}, (42, 314), 1)
+    assert knob_value(study.config, "ttt.lr") == 0.004
+    assert parse_study(study.source) == study
+
+
+def test_the_same_record_attempt_has_the_same_name_and_another_has_another():
+    def name(**knobs):
+        return record_study("smoke", data="pydoc", seeds=(42,), knobs=knobs).name
+
+    assert name() == name() and name().startswith("record-smoke-")
+    assert name(**{"ttt.lr": 0.1}) != name()
+    assert record_study("smoke", data="pydoc", seeds=(1,), knobs={}, name="mine").name == "mine"
+
+
+def test_a_record_attempt_without_test_time_training_is_scored_by_the_sliding_window():
+    assert record_study("smoke", data="d", seeds=(1,), knobs={"ttt.method": "off"}).search.objective == SLIDING
+    assert record_study("smoke", data="d", seeds=(1,), knobs={}).search.objective == TTT
+
+
+def test_a_record_attempt_refuses_an_unknown_knob():
+    with pytest.raises(ConfigError, match="there is no knob 'ttt.rate'"):
+        record_study("smoke", data="d", seeds=(1,), knobs={"ttt.rate": 1})
+
+
+def test_a_study_can_be_compared_by_its_text():
+    assert tiny_study().digest == tiny_study().digest != tiny_study(trials=5).digest
+    assert dataclasses.replace(tiny_study(), source="").digest != tiny_study().digest

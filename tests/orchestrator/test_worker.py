@@ -1,0 +1,299 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from fakes import FAKE_BUNDLE, MANIFEST, subprocess_environment, write_plans
+
+from orchestrator import worker
+from orchestrator.home import Home
+from orchestrator.runs import RunRequest, RunStore
+from orchestrator.study import load_preset
+from trainer import protocol
+from trainer.errors import CaddieError, StorageError
+from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
+
+RANKS = """
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 4711)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    request = RunRequest(
+        preset="smoke", config=load_preset("smoke"), seed=7, data_dir="/data", manifest_sha256=MANIFEST
+    )
+    return RunStore(Home(tmp_path)).plan(request, bundle=FAKE_BUNDLE, code={})
+
+
+def attempt_with(run, mode="", *, number=1, timeout=60.0, grace=0.5, **plan):
+    """Run one attempt to its end and give its result."""
+    write_plans(Home(run.root.parent.parent), {"*": {"mode": mode, **plan}})
+    worker.run_attempt(str(run.root), number, 1, "", timeout, grace)
+    return protocol.read_result(run.attempt(number).result)
+
+
+def wait_for(path, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("returncode", "tail", "kind"),
+    [
+        (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", OUT_OF_MEMORY),
+        (1, "MemoryError", OUT_OF_MEMORY),
+        (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", OUT_OF_MEMORY),
+        (1, "[rank1]: OutOfMemoryError\n[rank0]: DistBackendError: NCCL error", OUT_OF_MEMORY),
+        (1, "OSError: [Errno 28] No space left on device", DISK),
+        (3, "error: x", CONFIG),
+        (4, "error: x", DATA),
+        (6, "error: x", DISK),
+        (1, RANKS.format(code=4), DATA),
+        (1, RANKS.format(code=-9), INFRASTRUCTURE),
+        (1, RANKS.format(code=1), CODE),
+        (1, "torch.distributed.DistBackendError: NCCL error in: foo", INFRASTRUCTURE),
+        (1, "Traceback (most recent call last):\nValueError: x", CODE),
+        (0, "", CODE),
+        (-9, "", INFRASTRUCTURE),
+        (-7, "", INFRASTRUCTURE),
+    ],
+)
+def test_a_failure_is_classified_by_its_cause(returncode, tail, kind):
+    assert worker.classify(returncode, tail) == kind
+
+
+def test_a_timeout_is_one_whatever_the_log_says():
+    assert worker.classify(-15, "CUDA out of memory", timed_out=True) == TIMEOUT
+
+
+@pytest.mark.parametrize(
+    ("returncode", "tail", "message"),
+    [
+        (1, "Traceback\n  File x\nValueError: wrong shape\nlast words", "ValueError: wrong shape"),
+        (
+            1,
+            "[rank0]: torch.OutOfMemoryError: CUDA out of memory" + RANKS,
+            "torch.OutOfMemoryError: CUDA out of memory",
+        ),
+        (4, "error: shard 3 is truncated", "shard 3 is truncated"),
+        (-9, "step 3", "the trainer was ended by SIGKILL"),
+        (2, "", "the trainer ended with exit code 2 and left no result"),
+    ],
+)
+def test_a_failure_is_explained_in_one_line(returncode, tail, message):
+    assert worker.explain(returncode, tail) == message
+
+
+def test_a_failure_shows_where_its_log_is_and_how_it_ends(tmp_path):
+    log = tmp_path / "stderr.log"
+    log.write_text("".join(f"line {n}\n" for n in range(100)))
+    lines = worker.failure_of(CODE, "x", log).log.splitlines()
+    assert lines[0] == str(log) and lines[1:] == [f"line {n}" for n in range(80, 100)]
+    assert worker.log_tail(tmp_path / "none") == ""
+
+
+def test_a_job_that_died_before_its_claim_says_why_in_the_schedulers_log(run):
+    attempt = run.attempt(1)
+    assert worker.failure_of_lost(attempt).log == str(attempt.stderr)
+    attempt.scheduler.mkdir(parents=True)
+    (attempt.scheduler / "12_0_log.err").write_text("ModuleNotFoundError: no numpy\n")
+    failure = worker.failure_of_lost(attempt)
+    assert failure.kind == INFRASTRUCTURE and failure.log.endswith("12_0_log.err\nModuleNotFoundError: no numpy")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (StorageError("x"), DISK),
+        (CaddieError("x"), CODE),
+        (OSError(28, "full"), DISK),
+        (OSError(11, "no more processes"), INFRASTRUCTURE),
+    ],
+)
+def test_a_trainer_that_cannot_be_started_has_a_kind_of_failure(error, kind):
+    assert worker.kind_of_error(error) == kind
+
+
+def test_an_attempt_runs_the_bundle_from_its_directory_alone(run):
+    result = attempt_with(run)
+    assert (result.status, result.seed, result.attempt) == (protocol.COMPLETE, 7, 1)
+    claim = worker.read_claim(run.attempt(1))
+    assert claim.pid == os.getpid() and worker.is_live(claim)
+    described = protocol.read_json(run.attempt(1).env)
+    assert described["environment"]["CUDA_VISIBLE_DEVICES"] == "" and described["gpus"] == []
+    assert re.match(r"\d+\.\d+", described["packages"]["numpy"])
+
+
+def test_the_environment_file_holds_no_secret(run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hush-hush")
+    attempt_with(run)
+    assert "hush-hush" not in run.attempt(1).env.read_text()
+
+
+def test_the_trainer_does_not_see_our_checkout(monkeypatch):
+    checkout = subprocess_environment()["PYTHONPATH"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([checkout, "/own/modules"]))
+    assert worker.trainer_environment("3", "t")["PYTHONPATH"] == "/own/modules"
+    monkeypatch.setenv("PYTHONPATH", checkout)
+    assert "PYTHONPATH" not in worker.trainer_environment("3", "t")
+
+
+def test_several_processes_run_under_torchrun(run):
+    command = worker.trainer_command(run, 2, 8)
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert command[-3:] == [str(run.root), "--attempt", "2"]
+    assert worker.trainer_command(run, 2, 1)[1] == str(run.bundle)
+
+
+def test_a_second_copy_of_an_attempt_leaves_without_a_trace(run):
+    attempt_with(run)
+    before = {path: path.stat().st_mtime_ns for path in run.attempt(1).root.iterdir()}
+    worker.run_attempt(str(run.root), 1, 1, "", 60.0)
+    assert {path: path.stat().st_mtime_ns for path in run.attempt(1).root.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "message"),
+    [
+        ("traceback", CODE, "RuntimeError: a plain mistake"),
+        ("out_of_memory", OUT_OF_MEMORY, "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+        ("disk", DISK, "OSError: [Errno 28] No space left on device"),
+        ("data", DATA, "shard 3 is truncated"),
+        ("killed", INFRASTRUCTURE, "the trainer was ended by SIGKILL"),
+        ("silent", CODE, "the trainer ended with exit code 0 and left no result"),
+    ],
+)
+def test_a_trainer_that_left_no_result_gets_one_that_says_why(run, mode, kind, message):
+    result = attempt_with(run, mode)
+    assert (result.status, result.failure.kind, result.failure.message) == (protocol.FAILED, kind, message)
+    assert result.failure.log.startswith(str(run.attempt(1).stderr))
+    assert result.seed == 7
+
+
+def test_the_trainers_own_result_stands(run):
+    assert attempt_with(run, "not_finite").failure.kind == protocol.NOT_FINITE
+
+
+def test_a_trainer_that_does_not_leave_after_its_result_is_ended(run):
+    began = time.monotonic()
+    assert attempt_with(run, "lingers").status == protocol.COMPLETE
+    assert time.monotonic() - began < 30
+    assert not worker.tagged_processes(worker.TRAINER_TAG, f"{run.root}/1")
+
+
+def test_an_attempt_that_was_stopped_before_it_began_does_not_begin(run):
+    run.attempt(1).root.mkdir(parents=True)
+    run.attempt(1).stop.touch()
+    assert attempt_with(run).status == protocol.STOPPED
+    assert not run.attempt(1).events.exists()
+
+
+def stop_once_begun(run):
+    def touch():
+        wait_for(run.attempt(1).root / "trainer.pid")
+        run.attempt(1).stop.touch()
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    return thread
+
+
+def test_a_running_attempt_ends_its_step_when_it_is_stopped(run):
+    thread = stop_once_begun(run)
+    result = attempt_with(run, step_seconds=30.0, grace=20.0)
+    thread.join()
+    assert result.status == protocol.STOPPED and result.scores == {}
+
+
+def test_a_trainer_that_is_deaf_to_the_stop_is_killed_and_told_as_stopped(run):
+    thread = stop_once_begun(run)
+    result = attempt_with(run, "deaf", step_seconds=30.0)
+    thread.join()
+    assert (result.status, result.failure) == (protocol.STOPPED, None)
+
+
+def test_an_attempt_that_takes_too_long_is_ended(run):
+    result = attempt_with(run, "deaf", step_seconds=30.0, timeout=0.5)
+    assert result.failure.kind == TIMEOUT
+    assert "ended after 0.5 s, the study's [resources] timeout_minutes" in result.failure.message
+
+
+def test_ranks_that_left_the_group_are_ended_too(run, tmp_path):
+    """torchrun gives each rank a session of its own."""
+    bundle = b"""
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+raise SystemExit(1)
+"""
+    request = RunRequest(preset="smoke", config=load_preset("smoke"), seed=7, data_dir="/", manifest_sha256=MANIFEST)
+    other = RunStore(Home(tmp_path)).plan(request, bundle=bundle, code={})
+    worker.run_attempt(str(other.root), 1, 1, "", 60.0)
+    deadline = time.monotonic() + 10
+    while worker.tagged_processes(worker.TRAINER_TAG, f"{other.root}/1"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_changed_bundle_is_not_run(run):
+    run.bundle.write_bytes(b"print('something else')")
+    result = attempt_with(run)
+    assert result.failure.kind == CODE
+    assert "its SHA-256 is" in result.failure.message and not run.attempt(1).events.exists()
+
+
+def test_a_missing_bundle_is_not_run(run):
+    run.bundle.unlink()
+    assert "its SHA-256 is missing" in attempt_with(run).failure.message
+
+
+def test_a_damaged_spec_ends_the_attempt_with_its_place(run):
+    run.spec.write_text("{")
+    assert f"{run.spec}: not a JSON object" in attempt_with(run).failure.message
+
+
+def test_a_claim_that_cannot_be_made_is_a_storage_error(tmp_path):
+    (tmp_path / "attempts").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        worker.make_claim(protocol.RunDir(tmp_path).attempt(1))
+
+
+def test_a_claim_outlives_neither_its_process_nor_the_boot_nor_the_number(run):
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    claim = worker.claim_of(process.pid)
+    assert worker.is_live(claim)
+    for change in ({"host": "elsewhere"}, {"boot": "earlier"}, {"started": 1}):
+        assert not worker.is_live(worker.Claim(**{**vars(claim), **change}))
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not worker.is_live(claim), "a zombie does not live"
+    process.wait()
+    assert not worker.is_live(claim)
+
+
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"pid": 1})])
+def test_a_claim_that_is_not_whole_is_none(tmp_path, content):
+    attempt = protocol.RunDir(tmp_path).attempt(1)
+    assert worker.read_claim(attempt) is None
+    attempt.root.mkdir(parents=True)
+    attempt.claim.write_text(content)
+    assert worker.read_claim(attempt) is None
+
+
+def test_processes_are_found_and_signalled_by_their_tag():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, "X_TAG": "me"})
+    assert worker.tagged_processes("X_TAG", "me") == [process.pid]
+    assert worker.tagged_processes("X_TAG", "m") == []
+    worker.signal_tagged("X_TAG", "me", signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL

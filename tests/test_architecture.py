@@ -1,0 +1,146 @@
+"""The shape of the code, read off its syntax trees: who may import whom, and what importing the command line loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.bundle import MODULES
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTRACT = {"trainer.errors", "trainer.protocol", "trainer.config"}  # standard library only
+HEAVY = {"torch", "mlflow", "optuna", "pandas", "rich", "plotly", "submitit", "scipy"}
+
+# Which modules may import an outside library. Each library of the orchestrator has one; the trainer's are its own.
+OWNERS = {
+    "optuna": {"orchestrator.search"},
+    "submitit": {"orchestrator.launcher"},
+    "mlflow": {"orchestrator.tracking"},
+    "rich": {"orchestrator.progress"},
+    "plotly": {"orchestrator.charts"},
+    "pandas": {"orchestrator.tables"},
+    "scipy": {"orchestrator.statistics"},
+}
+TRAINER_LIBRARIES = {"torch", "numpy", "sentencepiece", "brotli"}
+HELP_SECONDS = 0.4
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for plane in ("orchestrator", "trainer") for path in sorted((ROOT / plane).glob("**/*.py"))}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node that runs: imports for annotations alone do not count."""
+    for child in ast.iter_child_nodes(tree):
+        if not is_type_checking(child):
+            yield child
+            yield from nodes(child)
+
+
+def imported_by(module: str) -> set[str]:
+    """Full names of what a module imports, wherever in it; of our own packages, the modules."""
+    found: set[str] = set()
+    for node in nodes(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            origin = node.module or ""
+            found |= {f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in SOURCES else origin for alias in node.names}
+    return found
+
+
+IMPORTS = {module: imported_by(module) for module in SOURCES}
+
+
+def outside(module: str) -> set[str]:
+    """Top-level names of the libraries that are neither ours nor Python's."""
+    tops = {name.partition(".")[0] for name in IMPORTS[module]}
+    return tops - {"orchestrator", "trainer"} - set(sys.stdlib_module_names)
+
+
+def within(module: str, plane: str) -> set[str]:
+    return {name for name in IMPORTS[module] if name == plane or name.startswith(f"{plane}.")}
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("trainer")])
+def test_the_trainer_never_imports_the_orchestrator_or_its_libraries(module: str) -> None:
+    assert not within(module, "orchestrator")
+    assert outside(module) <= TRAINER_LIBRARIES
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("orchestrator")])
+def test_the_orchestrator_takes_only_the_contract_from_the_trainer(module: str) -> None:
+    assert within(module, "trainer") <= CONTRACT | {"trainer"}
+
+
+@pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("orchestrator")])
+def test_an_outside_library_is_imported_by_its_one_module(module: str) -> None:
+    for library in outside(module):
+        assert module in OWNERS.get(library, set()), f"{module} imports {library}"
+
+
+@pytest.mark.parametrize("module", sorted(CONTRACT))
+def test_the_contract_needs_the_standard_library_only(module: str) -> None:
+    assert not outside(module)
+    assert within(module, "trainer") <= CONTRACT
+
+
+def test_a_bundled_module_imports_bundled_modules_only() -> None:
+    bundled = {f"trainer.{name}" for name in MODULES}
+    for module in bundled:
+        assert within(module, "trainer") <= bundled, module
+
+
+def test_the_trainers_package_is_empty() -> None:
+    assert SOURCES["trainer"].read_text() == ""
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    remaining = {module: {name for name in names if name in SOURCES and name != module} for module, names in IMPORTS.items()}
+    while free := {module for module, names in remaining.items() if not names & set(remaining)}:
+        remaining = {module: names for module, names in remaining.items() if module not in free}
+    assert not remaining, f"in or behind a circle: {sorted(remaining)}"
+
+
+def test_no_module_is_called_utils() -> None:
+    assert not {name for name in SOURCES if name.rpartition(".")[2] in ("utils", "util", "helpers", "common", "misc")}
+
+
+def test_files_of_the_contract_are_named_in_one_module() -> None:
+    names = {"spec.json", "result.json", "events.jsonl", "job.json", "claim.json", "manifest.json", "artifact.bin", "documents.txt"}
+    for module, path in SOURCES.items():
+        if module != "trainer.protocol":
+            texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+            assert not texts & names, module
+
+
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    listing = subprocess.run(
+        [sys.executable, "-c", "import orchestrator.cli, sys; print(*sys.modules)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert not HEAVY & {name.partition(".")[0] for name in listing.split()}
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "orchestrator.cli", "--help"], cwd=ROOT, capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < HELP_SECONDS  # the best of three: others use this machine too

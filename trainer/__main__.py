@@ -1,0 +1,88 @@
+"""`python -m trainer prepare|verify-data`: the heavy part of `caddie data`, in the trainer's own process.
+
+With `--json` the last line of stdout is one object: the outcome, or an error with its kind and hint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import CaddieError, DataError
+
+INTERRUPTED = 130  # the shell's exit code after Ctrl-C
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m trainer", description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="text to tokenizer, shards and manifest")
+    prepare.add_argument("--corpus", nargs="+", required=True, metavar="pydoc|FILE")
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR")
+    prepare.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    prepare.add_argument("--tokenizer", type=Path, metavar="MODEL")
+    share = prepare.add_mutually_exclusive_group()
+    share.add_argument("--val-documents", type=int, metavar="N")
+    share.add_argument("--val-frac", type=float, metavar="F")
+    prepare.add_argument("--shard-tokens", type=int, metavar="N")
+    verify = commands.add_parser("verify-data", help="read a data set again and compare it with its manifest")
+    verify.add_argument("data_dir", type=Path, metavar="DIR")
+    for command in (prepare, verify):
+        command.add_argument("--json", action="store_true", help="the outcome as one JSON object on stdout")
+    return top
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Do what was asked for; raises CaddieError."""
+    from trainer import prepare, verification  # after the arguments are known to be right: they load torch
+
+    if arguments.command == "verify-data":
+        return {"data": str(arguments.data_dir), "problems": verification.verify(arguments.data_dir, say=prepare.to_stderr)}
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(prepare.Recipe)}
+    recipe = prepare.Recipe(**{name: value for name, value in given.items() if value is not None})
+    prepared = prepare.prepare(recipe, arguments.out, say=prepare.to_stderr)
+    splits = {
+        name: {"documents": split.documents, "tokens": split.tokens, "text_bytes": split.text_bytes}
+        for name, split in prepared.manifest.splits.items()
+    }
+    return {"data": str(arguments.out), "is_new": prepared.is_new, "splits": splits}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        outcome = run(arguments)
+    except CaddieError as error:
+        outcome = {"error": str(error), "hint": error.hint, "kind": type(error).__name__}
+        code = error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    else:
+        code = DataError.exit_code if outcome.get("problems") else 0
+    if arguments.json:
+        print(json.dumps(outcome))
+    else:
+        tell(outcome)
+    return code
+
+
+def tell(outcome: dict[str, Any]) -> None:
+    """The outcome for people: results to stdout, what is wrong to stderr."""
+    for problem in outcome.get("problems", []):
+        print(f"problem: {problem}", file=sys.stderr)
+    if "error" in outcome:
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        if outcome["hint"]:
+            print(f"hint: {outcome['hint']}", file=sys.stderr)
+    elif not outcome.get("problems"):
+        print(f"{outcome['data']}: sound" if "problems" in outcome else json.dumps(outcome["splits"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
