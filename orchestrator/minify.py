@@ -49,7 +49,8 @@ def _used_names(trees: Iterable[ast.Module], entry: str) -> set[str]:
     used: set[str] = set()
     fresh = {entry}
     for tree in trees:
-        for owner in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        owners: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        for owner in owners:
             for statement in owner.body:
                 name = _defined_name(statement, in_class=owner is not tree)
                 if name is None or name.startswith("__"):
@@ -88,8 +89,8 @@ def _words(statement: ast.AST, *, skip_definitions: bool) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             found.add(node.value)
         for child in _without_prose(node):
-            is_method = isinstance(node, ast.ClassDef) and isinstance(child, ast.FunctionDef)
-            if not (skip_definitions and is_method and not child.name.startswith("__")):
+            is_method = isinstance(node, ast.ClassDef) and isinstance(child, ast.FunctionDef) and not child.name.startswith("__")
+            if not (skip_definitions and is_method):
                 todo.append(child)
     return found
 

@@ -77,8 +77,22 @@ def encode(file: ModelFile) -> bytes:
     return b"".join((MAGIC, struct.pack("<I", len(header)), header, *streams))
 
 
-def _index(content: bytes, place: str) -> tuple[dict[str, Any], list[tuple[str, str, list[int]]], int]:
-    """The header, checked against the content's length, and where the streams begin."""
+@dataclass(frozen=True)
+class _Index:
+    """What a header says, and how many values each stream holds."""
+
+    meta: dict[str, Any]
+    tensors: list[tuple[str, str, list[int]]]
+    begin: int
+    """Where the streams begin."""
+
+    integers: int
+    halves: int
+    floats: int
+
+
+def _index(content: bytes, place: str) -> _Index:
+    """The header, checked against the content's length."""
     start = len(MAGIC) + 4
     if content[: len(MAGIC)] != MAGIC or len(content) < start:
         raise ProtocolError(f"{place}: not a model file: it begins with {content[: len(MAGIC)]!r}")
@@ -87,28 +101,27 @@ def _index(content: bytes, place: str) -> tuple[dict[str, Any], list[tuple[str, 
         header = json.loads(content[start : start + length])
         meta, tensors = header["meta"], [(str(n), str(c), [int(d) for d in shape]) for n, c, shape in header["tensors"]]
         well_formed = isinstance(meta, dict) and all(
-            c in "qhf" and len(c) == 1 and all(0 <= d < 2**31 for d in s) and (c != "q" or len(s) == 2) for _, c, s in tensors
+            c in ("q", "h", "f") and all(0 <= d < 2**31 for d in s) and (c != "q" or len(s) == 2) for _, c, s in tensors
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProtocolError(f"{place}: damaged header: {error}") from error
     if not well_formed or len({name for name, _, _ in tensors}) < len(tensors):
         raise ProtocolError(f"{place}: damaged header: a tensor's name, code or shape is not one that is written")
-    sizes = {"q": lambda s: math.prod(s) + 2 * s[0], "h": lambda s: 2 * math.prod(s), "f": lambda s: 4 * math.prod(s)}
-    expected = start + length + sum(sizes[code](shape) for _, code, shape in tensors)
+    values = {code: sum(math.prod(s) for _, c, s in tensors if c == code) for code in "qhf"}
+    halves = values["h"] + sum(shape[0] for _, code, shape in tensors if code == "q")
+    expected = start + length + values["q"] + 2 * halves + 4 * values["f"]
     if len(content) != expected:
         raise ProtocolError(f"{place}: {len(content)} bytes, its header describes {expected}")
-    return meta, tensors, start + length
+    return _Index(meta, tensors, start + length, values["q"], halves, values["f"])
 
 
 def decode(content: bytes, place: str) -> ModelFile:
     """Read uncompressed bytes; `place` names the file in errors. Raises ProtocolError for anything that is not whole."""
-    meta, index, offset = _index(content, place)
-    counts = {code: sum(math.prod(s) for _, c, s in index if c == code) for code in "qhf"}
-    scales = sum(shape[0] for _, code, shape in index if code == "q")
-    after_integers = offset + counts["q"]
-    after_halves = after_integers + 2 * (counts["h"] + scales)
+    index = _index(content, place)
+    after_integers = index.begin + index.integers
+    after_halves = after_integers + 2 * index.halves
     streams = {
-        "q": torch.from_numpy(np.frombuffer(content, np.int8, counts["q"], offset).copy()),
+        "q": torch.from_numpy(np.frombuffer(content, np.int8, index.integers, index.begin).copy()),
         "h": torch.from_numpy(_from_planes(content[after_integers:after_halves], "<f2")),
         "f": torch.from_numpy(_from_planes(content[after_halves:], "<f4")),
     }
@@ -119,9 +132,9 @@ def decode(content: bytes, place: str) -> ModelFile:
         return streams[code][begin : taken[code]].view(shape)
 
     tensors: dict[str, Stored] = {}
-    for name, code, shape in index:
+    for name, code, shape in index.tensors:
         tensors[name] = Quantized(take("q", shape), take("h", shape[:1])) if code == "q" else take(code, shape)
-    return ModelFile(meta, tensors)
+    return ModelFile(index.meta, tensors)
 
 
 def compress(content: bytes, quality: int) -> bytes:

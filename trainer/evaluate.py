@@ -6,6 +6,7 @@ scored exactly once, and nats, tokens and bytes are counted at one place, in flo
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -122,7 +123,7 @@ def _shares(windows: Windows, first: int, last: int, *, batch: int, world: World
     """This process's batches of the windows first ... last - 1: (window numbers, positions that each scores)."""
     scored = windows.ends_W[first:last] - windows.begins_W[first:last]
     edges = [0, *((scored[1:] != scored[:-1]).nonzero().flatten() + 1).tolist(), last - first]
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         share = torch.arange(first + begin, first + end).tensor_split(world.size)[world.rank]
         for numbers in share.split(batch):
             if numbers.numel():

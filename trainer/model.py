@@ -83,7 +83,7 @@ class Model(nn.Module):
         super().__init__()
         self.config, self.train_length = config, train_length
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.blocks: list[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.layers))  # type: ignore[assignment]  # a list to its readers
         has_values = config.value_embedding_dim > 0 and config.value_embedding_layers
         self.value_embedding = ValueEmbedding(config) if has_values else None
         skip_shape = (config.layers // 2, config.width)
@@ -131,7 +131,8 @@ class Model(nn.Module):
         x = x0 = normalize(self.embedding(tokens_BT))
         mlp_lane: Tensor | None = None
         order = self.layer_order(recurrent)
-        first_half, skips = len(order) // 2, []
+        first_half = len(order) // 2
+        skips: list[Tensor] = []
         for position, layer in enumerate(order):
             block = self.blocks[layer]
             if position >= first_half:
@@ -145,7 +146,7 @@ class Model(nn.Module):
                 mlp_lane = block.think(mlp_lane)
             if position < first_half:
                 skips.append(x)
-        if mlp_lane is not None:
+        if mlp_lane is not None and self.lane_merge is not None:
             x = self.lane_merge * x + (1 - self.lane_merge) * mlp_lane
         return normalize(x)
 

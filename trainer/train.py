@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class TrainClock:
     """Seconds in the training loop. Follows the GPU one step behind, so that reading it does not empty the GPU's queue."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.pending = world, None
+        self.world = world
+        self.pending: torch.cuda.Event | None = None
         self.step_seconds: deque[float] = deque(maxlen=STEP_TAIL)
         world.synchronize()
         self.started = self.last = time.perf_counter()
@@ -82,7 +83,7 @@ class Network(nn.Module):
     def __init__(self, model: Model, config: Config, world: World) -> None:
         super().__init__()
         self.config, self.world = config, world
-        forward: nn.Module = torch.compile(model, dynamic=False) if config.runtime.compile else model
+        forward = cast(nn.Module, torch.compile(model, dynamic=False)) if config.runtime.compile else model
         devices = [world.device.index] if world.device.type == "cuda" else None
         self.forward_pass = DistributedDataParallel(forward, device_ids=devices) if world.size > 1 else forward
 

@@ -5,7 +5,14 @@ import torch
 
 from trainer.config import QuantConfig
 from trainer.gptq import (
-    Quantized, largest_integer, quantize_matrix, quantize_table, round_to_nearest, row_errors, scales_for, second_moments,
+    Quantized,
+    largest_integer,
+    quantize_matrix,
+    quantize_table,
+    round_to_nearest,
+    row_errors,
+    scales_for,
+    second_moments,
 )  # fmt: skip
 
 GPTQ, RTN = QuantConfig(block_columns=16), QuantConfig(method="rtn")
