@@ -25,6 +25,7 @@ test: $(INSTALLED) ## all tests; ARGS="-m 'not slow'" for the quick ones
 
 check: $(INSTALLED) ## lint and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## remove what make and the tools made; runs and data stay

@@ -20,10 +20,10 @@ from orchestrator.minify import minify
 LARGEST_BYTES = 25_000
 PACKAGE, ENTRY = "trainer", "main"
 
-# Modules that a run needs; `trainer/` holds others that prepare data or probe.
+# Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
 MODULES = (
-    "errors", "protocol", "config", "schedule", "distributed", "data", "attention", "model", "muon", "optim", "gptq",
-    "artifact", "evaluate", "ttt", "train", "main",
+    "errors", "config", "protocol", "distributed", "artifact", "data", "schedule", "attention", "model", "optim", "muon",
+    "gptq", "train", "evaluate", "ttt", "main",
 )  # fmt: skip
 
 FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "pb": 0}]

@@ -90,7 +90,12 @@ def loss_chart(curves: Sequence[Curve], *, by: str) -> Chart | None:
         )  # fmt: skip
         named.add(group)
     figure.update_yaxes(range=_loss_range(curves))
-    return Chart(name=f"loss-by-{by}", title=f"Loss by {by}", note="One line a run; hover for its owner and seed.", figures=(figure,))
+    return Chart(
+        name=f"loss-by-{by}",
+        title=f"Loss by {by}",
+        note="One line a run; hover for its owner and seed.",
+        figures=(figure,),
+    )
 
 
 def _loss_range(curves: Sequence[Curve]) -> list[float] | None:
@@ -116,8 +121,12 @@ def seeds_chart(evidence: Evidence) -> Chart | None:
     figure = _figure(STAGE_NAMES[stage], "")
     for arm in arms:
         _add_seeds(figure, arm, stage)
-    figure.update_yaxes(type="category", range=[-0.5, len(arms) - 0.5]).update_layout(height=110 + 60 * len(arms), showlegend=False)
-    note = f"Dots: seeds. Diamond: mean with its {CONFIDENCE:.0%} t interval; the test of the difference is in the claim."
+    figure.update_yaxes(type="category", range=[-0.5, len(arms) - 0.5]).update_layout(
+        height=110 + 60 * len(arms), showlegend=False
+    )
+    note = (
+        f"Dots: seeds. Diamond: mean with its {CONFIDENCE:.0%} t interval; the test of the difference is in the claim."
+    )
     return Chart(name="seeds", title="Seeds", note=note, figures=(figure,))
 
 
@@ -178,10 +187,21 @@ def trials_chart(evidence: Evidence) -> Chart | None:
                 hovertemplate="trial %{x}: %{y:.5f}<br>%{text}<extra></extra>",
             )  # fmt: skip
     numbers, bests = _best_so_far(done)
-    figure.add_scatter(x=numbers, y=bests, mode="lines", name="best so far", line={"color": GREY, "width": 2, "shape": "hv"}, hoverinfo="skip")
+    figure.add_scatter(
+        x=numbers,
+        y=bests,
+        mode="lines",
+        name="best so far",
+        line={"color": GREY, "width": 2, "shape": "hv"},
+        hoverinfo="skip",
+    )
     figure.update_xaxes(dtick=1 if len(evidence.trials) <= MOST_SCROLLED_LABELS else None)
-    lost = sorted(found.trial.number for found in evidence.trials if found.trial.state in (ledger.FAILED, ledger.PRUNED))
-    note = "Trial 0 is the preset. " + (f"Without a value (failed or stopped early): {', '.join(map(str, lost))}." if lost else "")
+    lost = sorted(
+        found.trial.number for found in evidence.trials if found.trial.state in (ledger.FAILED, ledger.PRUNED)
+    )
+    note = "Trial 0 is the preset. " + (
+        f"Without a value (failed or stopped early): {', '.join(map(str, lost))}." if lost else ""
+    )
     return Chart(name="trials", title="Trials and best so far", note=note.strip(), figures=(figure,))
 
 

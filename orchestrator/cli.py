@@ -51,7 +51,9 @@ def data_prepare(arguments: argparse.Namespace, home: Home) -> int:
             options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     splits = datasets.prepare(options)["splits"]
     for name, split in splits.items():
-        print(f"{name:5} {split['documents']:>10,} documents {split['tokens']:>15,} tokens {split['text_bytes']:>16,} bytes")
+        print(
+            f"{name:5} {split['documents']:>10,} documents {split['tokens']:>15,} tokens {split['text_bytes']:>16,} bytes"
+        )
     print(out)
     return 0
 
@@ -192,7 +194,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--seeds must be whole numbers between commas, got {text!r}", hint=f"--seeds {RECORD_SEEDS}") from error
+        raise ConfigError(
+            f"--seeds must be whole numbers between commas, got {text!r}", hint=f"--seeds {RECORD_SEEDS}"
+        ) from error
 
 
 def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
@@ -201,7 +205,9 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     for assignment in assignments:
         knob, equals, text = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set must be knob=value, got {assignment!r}", hint="--set optim.muon_weight_decay=0.05")
+            raise ConfigError(
+                f"--set must be knob=value, got {assignment!r}", hint="--set optim.muon_weight_decay=0.05"
+            )
         settings[knob] = parse_value(knob, text)
     return settings
 
@@ -259,7 +265,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"caddie {__version__}")
-    top.add_argument("--home", type=Path, metavar="DIR", help="where runs, data and views lie (default: CADDIE_HOME, or .caddie)")
+    top.add_argument(
+        "--home", type=Path, metavar="DIR", help="where runs, data and views lie (default: CADDIE_HOME, or .caddie)"
+    )
     commands = Adder(top)
     commands.add("demo", demo, "a real study on this machine's CPU, from text it has to a record table", "caddie demo")
     _add_data(commands)
@@ -277,20 +285,43 @@ def _add_data(top: Adder) -> None:
     )  # fmt: skip
     prepare.add_argument("--corpus", nargs="+", default=[datasets.PYDOC], metavar="pydoc|FILE",
                          help="the documentation that Python carries (default), or JSON lines with a text, or plain text; also .xz, .gz")  # fmt: skip
-    prepare.add_argument("--out", default=datasets.PYDOC, metavar="NAME|DIR", help="name under CADDIE_HOME/data, or a folder (default: %(default)s)")
-    prepare.add_argument("--vocab-size", type=int, default=datasets.PYDOC_VOCAB_SIZE, metavar="N", help="pieces of the tokenizer (default: %(default)s)")
+    prepare.add_argument(
+        "--out",
+        default=datasets.PYDOC,
+        metavar="NAME|DIR",
+        help="name under CADDIE_HOME/data, or a folder (default: %(default)s)",
+    )
+    prepare.add_argument(
+        "--vocab-size",
+        type=int,
+        default=datasets.PYDOC_VOCAB_SIZE,
+        metavar="N",
+        help="pieces of the tokenizer (default: %(default)s)",
+    )
     prepare.add_argument("--tokenizer", metavar="MODEL", help="take this SentencePiece model instead of training one")
     share = prepare.add_mutually_exclusive_group()
     share.add_argument("--val-documents", type=int, metavar="N", help="number of documents kept for validation")
     share.add_argument("--val-frac", type=float, metavar="F", help="share of the documents kept for validation")
     prepare.add_argument("--shard-tokens", type=int, metavar="N", help="most tokens of a shard")
-    verify = commands.add("verify", data_verify, "read a data set again, whole: checksums, counts, disjointness", "caddie data verify pydoc")
+    verify = commands.add(
+        "verify",
+        data_verify,
+        "read a data set again, whole: checksums, counts, disjointness",
+        "caddie data verify pydoc",
+    )
     verify.add_argument("data", metavar="NAME|DIR")
     _add_json(verify)
 
 
 def _add_study(top: Adder) -> None:
-    commands = Adder(top.add("study", None, "search: run, continue, look at and stop studies", "caddie study run studies/wd-qk-ttt-smoke.toml"))
+    commands = Adder(
+        top.add(
+            "study",
+            None,
+            "search: run, continue, look at and stop studies",
+            "caddie study run studies/wd-qk-ttt-smoke.toml",
+        )
+    )
     for name, call, sentence in (
         ("check", study_check, "check a study completely and submit nothing"),
         ("run", study_run, "run a study, or continue it to its total budget"),
@@ -319,11 +350,19 @@ def _add_run(top: Adder) -> None:
     )  # fmt: skip
     parser.add_argument("preset", metavar="PRESET", help="a shipped preset, or a TOML file")
     parser.add_argument("--seeds", default=RECORD_SEEDS, metavar="N,N,N", help="default: %(default)s")
-    parser.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob; may be repeated"
+    )
     parser.add_argument("--data", default=datasets.PYDOC, metavar="NAME|DIR", help="data set (default: %(default)s)")
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of one run; 0 runs on the CPU (default)")
     parser.add_argument("--slots", type=int, metavar="N", help="runs at a time on the CPU")
-    parser.add_argument("--timeout-minutes", type=float, default=60.0, metavar="MINUTES", help="end an attempt after this (default: %(default)s)")
+    parser.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=60.0,
+        metavar="MINUTES",
+        help="end an attempt after this (default: %(default)s)",
+    )
     parser.add_argument("--name", help="name of the record (default: from what is asked)")
 
 
@@ -332,11 +371,15 @@ def _add_views(top: Adder) -> None:
     parser.add_argument("study", metavar="STUDY")
     _add_json(parser)
     parser = top.add("ui", ui, "MLflow's pages on what has been run", f"caddie ui --port {UI_PORT}")
-    parser.add_argument("--host", default=UI_HOST, help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument(
+        "--host", default=UI_HOST, help="address to listen on (default: %(default)s, this machine only)"
+    )
     parser.add_argument("--port", type=int, default=UI_PORT, help="default: %(default)s")
     parser = top.add("track", track, "bring MLflow up to date with the run directories", "caddie track --rebuild")
     parser.add_argument("--rebuild", action="store_true", help="make MLflow's database again from nothing")
-    _add_json(top.add("doctor", doctor, "what this machine can do, what is missing, and what mends it", "caddie doctor"))
+    _add_json(
+        top.add("doctor", doctor, "what this machine can do, what is missing, and what mends it", "caddie doctor")
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -61,7 +61,8 @@ def find(home: Home, name_or_path: str) -> PreparedData:
     known = names(home)
     remedy = f"caddie data prepare --out {name_or_path} --corpus ... makes one"
     raise DataError(
-        f"there is no data set {name_or_path!r} at {root}", hint=f"there are: {', '.join(known)}; {remedy}" if known else remedy
+        f"there is no data set {name_or_path!r} at {root}",
+        hint=f"there are: {', '.join(known)}; {remedy}" if known else remedy,
     )
 
 

@@ -91,7 +91,14 @@ def packages(version_of: Callable[[str], str] = metadata.version) -> list[Findin
     try:
         requirements = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
-        return [Finding(name=PACKAGE, status=WARN, found="not installed, run from its source", remedy="pip install -c constraints.txt -e '.[all]'")]
+        return [
+            Finding(
+                name=PACKAGE,
+                status=WARN,
+                found="not installed, run from its source",
+                remedy="pip install -c constraints.txt -e '.[all]'",
+            )
+        ]
     return [package(requirement, version_of) for requirement in dict.fromkeys(requirements) if not _is_own(requirement)]
 
 
@@ -165,7 +172,11 @@ def torch_and_gpus(command: Sequence[str] = (sys.executable, "-c", TORCH_PROBE))
     if seen is None:
         last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding(name="torch", status=MISSING, found=f"cannot be imported: {last}", remedy=remedy)
-    gpus = f"{len(seen['gpus'])} GPUs: {', '.join(sorted(set(seen['gpus'])))}" if seen["gpus"] else "no GPU, runs use the CPU"
+    gpus = (
+        f"{len(seen['gpus'])} GPUs: {', '.join(sorted(set(seen['gpus'])))}"
+        if seen["gpus"]
+        else "no GPU, runs use the CPU"
+    )
     return Finding(name="GPUs", status=OK, found=f"{gpus} (torch {seen['version']})")
 
 
@@ -177,7 +188,12 @@ def slurm(which: Callable[[str], str | None] = shutil.which) -> Finding:
         return Finding(name="Slurm", status=OK, found=f"{', '.join(tools)} are here")
     if len(absent) == len(tools):
         return Finding(name="Slurm", status=OK, found='not here; studies use launcher = "local"')
-    return Finding(name="Slurm", status=WARN, found=f"without {', '.join(absent)}", remedy="load the cluster's Slurm module, or ask its administrator")
+    return Finding(
+        name="Slurm",
+        status=WARN,
+        found=f"without {', '.join(absent)}",
+        remedy="load the cluster's Slurm module, or ask its administrator",
+    )
 
 
 def home_directory(home: Home) -> Finding:
@@ -186,10 +202,20 @@ def home_directory(home: Home) -> Finding:
         home.require_writable()
         free = shutil.disk_usage(home.root).free
     except CaddieError as error:
-        return Finding(name="CADDIE_HOME", status=MISSING, found=str(error), remedy=error.hint or "set CADDIE_HOME to a directory of your own")
+        return Finding(
+            name="CADDIE_HOME",
+            status=MISSING,
+            found=str(error),
+            remedy=error.hint or "set CADDIE_HOME to a directory of your own",
+        )
     found = f"{home.root}, {free:,} bytes free"
     if free < LEAST_FREE_BYTES:
-        return Finding(name="CADDIE_HOME", status=WARN, found=f"{found}, {LEAST_FREE_BYTES:,} are wanted", remedy="free some space, or set CADDIE_HOME to a larger disk")
+        return Finding(
+            name="CADDIE_HOME",
+            status=WARN,
+            found=f"{found}, {LEAST_FREE_BYTES:,} are wanted",
+            remedy="free some space, or set CADDIE_HOME to a larger disk",
+        )
     return Finding(name="CADDIE_HOME", status=OK, found=found)
 
 
@@ -233,7 +259,12 @@ def data_set(home: Home, name: str) -> Finding:
             size = path.stat().st_size if path.is_file() else None
             if size != shard.bytes:
                 seen = "is not there" if size is None else f"has {size:,} bytes, the manifest says {shard.bytes:,}"
-                return Finding(name=place, status=WARN, found=f"{path} {seen}", remedy=f"move {root} away and run caddie data prepare")
+                return Finding(
+                    name=place,
+                    status=WARN,
+                    found=f"{path} {seen}",
+                    remedy=f"move {root} away and run caddie data prepare",
+                )
     tokens = sum(split.tokens for split in found.manifest.splits.values())
     return Finding(name=place, status=OK, found=f"{tokens:,} tokens, vocabulary {found.vocab_size:,}")
 
@@ -268,10 +299,17 @@ def study(home: Home, name: str) -> Finding | None:
     try:
         state = Ledger(files.ledger).state()
     except CaddieError as error:
-        return Finding(name=f"Study {name}", status=WARN, found=str(error), remedy=error.hint or f"look at {files.ledger}")
+        return Finding(
+            name=f"Study {name}", status=WARN, found=str(error), remedy=error.hint or f"look at {files.ledger}"
+        )
     holder = lock.holder(files.lock)
     if holder is not None:
         return Finding(name=f"Study {name}", status=OK, found=f"{holder} works on it")
     if state.closed is None:
-        return Finding(name=f"Study {name}", status=WARN, found="left in the middle", remedy="the command that started it continues it")
+        return Finding(
+            name=f"Study {name}",
+            status=WARN,
+            found="left in the middle",
+            remedy="the command that started it continues it",
+        )
     return None

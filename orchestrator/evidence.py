@@ -131,7 +131,9 @@ class Evidence:
     @property
     def runs(self) -> tuple[RunEvidence, ...]:
         """Every run by owner, the arms' first."""
-        return tuple(run for runs in ([arm.runs for arm in self.arms] + [trial.runs for trial in self.trials]) for run in runs)
+        return tuple(
+            run for runs in ([arm.runs for arm in self.arms] + [trial.runs for trial in self.trials]) for run in runs
+        )
 
     def arm(self, name: str) -> ArmEvidence | None:
         return next((arm for arm in self.arms if arm.name == name), None)
@@ -215,10 +217,14 @@ class _Reader:
             attempt = self.store.deciding_attempt(run_id)
         except CaddieError as error:
             self.problems[str(error)] = None
-            return RunEvidence(owner=owner, seed=seed, run_id=run_id, state=UNREADABLE, reason=str(error), source="", result=None)
+            return RunEvidence(
+                owner=owner, seed=seed, run_id=run_id, state=UNREADABLE, reason=str(error), source="", result=None
+            )
         reason = "" if state == COMPLETE else self._reason(run_id, state, result)
         source = self._source(attempt) if attempt else ""
-        return RunEvidence(owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result)
+        return RunEvidence(
+            owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result
+        )
 
     def _reason(self, run_id: str, state: str, result: Result | None) -> str:
         """Why a run has no score, from its result or from what the controller decided."""

@@ -1,8 +1,8 @@
 """Smaller sources for the bundle: the same statements on the same lines, without what only a reader needs.
 
-Taken out: comments, documenting strings, annotations of functions and variables (fields of classes keep theirs, they
-mean something), definitions that nothing in the bundle names, imports that are then unused, and white space. Lines are
-never joined or moved, so a traceback of the bundle points into the readable source.
+Taken out: comments, documenting strings, annotations (a field's becomes `0` where nothing looks at it), definitions that
+nothing in the bundle names, imports that are then unused, and white space. Lines are never joined or moved, so a
+traceback of the bundle points into the readable source.
 """
 
 from __future__ import annotations
@@ -30,13 +30,23 @@ class _Cut:
 
 def minify(sources: Mapping[str, str], *, entry: str) -> dict[str, str]:
     """Smaller sources of a closed set of modules, by dotted name; `entry` is the one function that is called from outside."""
-    trees = {name: ast.parse(source) for name, source in sources.items()}
+    trees = {name: _with_bare_fields(ast.parse(source)) for name, source in sources.items()}
     used = _used_names(trees.values(), entry)
     keywords = {str(node.arg) for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.keyword)}
     return {
         name: _spaces_out(_cut(source, [*_cuts(trees[name], used), *_rename_cuts(trees[name], keywords)]))
         for name, source in sources.items()
     }
+
+
+def _with_bare_fields(tree: ast.Module) -> ast.Module:
+    """The tree with `0` for the types of fields, which only say that a field is there, unless the module looks at them."""
+    nodes = list(ast.walk(tree))
+    if not any(isinstance(node, ast.Attribute) and node.attr == "get_type_hints" for node in nodes):
+        for node in nodes:
+            if isinstance(node, ast.AnnAssign):
+                node.annotation = ast.copy_location(ast.Constant(0), node.annotation)
+    return tree
 
 
 def _used_names(trees: Iterable[ast.Module], entry: str) -> set[str]:
@@ -49,7 +59,10 @@ def _used_names(trees: Iterable[ast.Module], entry: str) -> set[str]:
     used: set[str] = set()
     fresh = {entry}
     for tree in trees:
-        owners: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        owners: list[ast.Module | ast.ClassDef] = [
+            tree,
+            *(node for node in tree.body if isinstance(node, ast.ClassDef)),
+        ]
         for owner in owners:
             for statement in owner.body:
                 name = _defined_name(statement, in_class=owner is not tree)
@@ -89,7 +102,11 @@ def _words(statement: ast.AST, *, skip_definitions: bool) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
             found.add(node.value)
         for child in _without_prose(node):
-            is_method = isinstance(node, ast.ClassDef) and isinstance(child, ast.FunctionDef) and not child.name.startswith("__")
+            is_method = (
+                isinstance(node, ast.ClassDef)
+                and isinstance(child, ast.FunctionDef)
+                and not child.name.startswith("__")
+            )
             if not (skip_definitions and is_method):
                 todo.append(child)
     return found
@@ -127,7 +144,12 @@ def _cuts(tree: ast.Module, used: set[str]) -> list[_Cut]:
                 in_class = isinstance(owner, ast.ClassDef)
                 dropped = [s for s in body if _is_dropped(s, used, in_class=in_class, is_module=owner is tree)]
                 for statement in dropped:
-                    begin = min([_begin(statement), *((d.lineno, d.col_offset - 1) for d in getattr(statement, "decorator_list", []))])
+                    begin = min(
+                        [
+                            _begin(statement),
+                            *((d.lineno, d.col_offset - 1) for d in getattr(statement, "decorator_list", [])),
+                        ]
+                    )
                     keeps_body = len(dropped) == len(body) and statement is body[0] and owner is not tree
                     cuts.append(_Cut(begin, _end(statement), "0" if keeps_body else ""))
         cuts.extend(_annotation_cuts(owner))
@@ -166,7 +188,13 @@ def _renamed_variables(function: ast.FunctionDef, outside: set[str]) -> Iterator
     names = [node for node in nodes if isinstance(node, ast.Name)]
     parameters = [node for node in nodes if isinstance(node, ast.arg)]
     kept = outside | {a.arg for f in nodes if isinstance(f, ast.FunctionDef | ast.Lambda) for a in f.args.kwonlyargs}
-    kept |= {inner.id for node in nodes if isinstance(node, ast.JoinedStr) for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    kept |= {
+        inner.id
+        for node in nodes
+        if isinstance(node, ast.JoinedStr)
+        for inner in ast.walk(node)
+        if isinstance(inner, ast.Name)
+    }
     kept |= {str(getattr(node, "name", None)) for node in nodes}
     kept |= {word for node in nodes if isinstance(node, ast.Global | ast.Nonlocal) for word in node.names}
     for node in nodes:
@@ -175,8 +203,15 @@ def _renamed_variables(function: ast.FunctionDef, outside: set[str]) -> Iterator
     stored = [*(a.arg for a in parameters), *(n.id for n in names if isinstance(n.ctx, ast.Store))]
     bound = [word for word in dict.fromkeys(stored) if word not in kept]
     taken = kept | {n.id for n in names}
-    free = (word for word in itertools.chain(*(map("".join, itertools.product(string.ascii_lowercase, repeat=k)) for k in (1, 2))))
-    short = {word: next(w for w in free if w not in taken and not keyword.iskeyword(w)) for word in bound if len(word) > 1}
+    free = (
+        word
+        for word in itertools.chain(
+            *(map("".join, itertools.product(string.ascii_lowercase, repeat=k)) for k in (1, 2))
+        )
+    )
+    short = {
+        word: next(w for w in free if w not in taken and not keyword.iskeyword(w)) for word in bound if len(word) > 1
+    }
     for name in names:
         if name.id in short:
             yield _Cut(_begin(name), _end(name), short[name.id])
@@ -200,9 +235,15 @@ def _annotation_cuts(node: ast.AST) -> Iterator[_Cut]:
         yield _Cut((node.lineno, node.col_offset + len(node.arg.encode())), _end(node))
     elif isinstance(node, ast.FunctionDef) and node.returns is not None:
         yield _Cut(_begin(node.returns), _end(node.returns), "\0")  # the arrow before it goes with it
+    if isinstance(node, ast.ClassDef):
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.annotation, ast.Constant):
+                yield _Cut(_begin(field.annotation), _end(field.annotation), "0")
     if isinstance(node, ast.FunctionDef | ast.Module):
         for statement in ast.walk(node) if isinstance(node, ast.FunctionDef) else node.body:
-            if isinstance(statement, ast.AnnAssign) and (statement.value is not None or isinstance(node, ast.FunctionDef)):
+            if isinstance(statement, ast.AnnAssign) and (
+                statement.value is not None or isinstance(node, ast.FunctionDef)
+            ):
                 if statement.value is None:
                     yield _Cut(_begin(statement), _end(statement), "0")
                 else:
@@ -263,7 +304,9 @@ def _spaces_out(source: str) -> str:
             rows.setdefault(row, []).append(token)
             starts_statement = False
     lines = source.splitlines()
-    return "".join(" " * indents.get(n, 0) + _row(lines[n - 1], rows.get(n, [])) + "\n" for n in range(1, len(lines) + 1))
+    return "".join(
+        " " * indents.get(n, 0) + _row(lines[n - 1], rows.get(n, [])) + "\n" for n in range(1, len(lines) + 1)
+    )
 
 
 def _row(line: str, tokens: list[tokenize.TokenInfo]) -> str:

@@ -75,14 +75,21 @@ def as_text(found: StudyStatus) -> str:
         f"  confirmed  {arms}",
     ]
     if found.best_value is not None:
-        params = ", ".join(f"{knob} = {value:.6g}" if isinstance(value, float) else f"{knob} = {value}" for knob, value in found.best_params.items())
+        params = ", ".join(
+            f"{knob} = {value:.6g}" if isinstance(value, float) else f"{knob} = {value}"
+            for knob, value in found.best_params.items()
+        )
         lines.append(f"  best       trial {found.best_trial}, {found.best_value:.5f} bits per byte: {params}")
     return "\n".join(lines)
 
 
 def as_line(found: StudyStatus) -> str:
     """A study's status in one line of a list."""
-    asked = f"{sum(found.trials.values())} of {found.trials_planned} trials" if found.trials_planned else f"{sum(found.arms.values())} runs"
+    asked = (
+        f"{sum(found.trials.values())} of {found.trials_planned} trials"
+        if found.trials_planned
+        else f"{sum(found.arms.values())} runs"
+    )
     best = "" if found.best_value is None else f"best {found.best_value:.5f}"
     return f"{found.name:<32} {found.state:<10} {asked:<16} {best}".rstrip()
 

@@ -70,13 +70,24 @@ addEventListener('afterprint', () => charts.forEach(node => Plotly.relayout(node
 
 
 def render_page(
-    *, title: str, question: str, claim: str, problems: Sequence[str], tables: Sequence[Table], charts: Sequence[Chart], footer: str
+    *,
+    title: str,
+    question: str,
+    claim: str,
+    problems: Sequence[str],
+    tables: Sequence[Table],
+    charts: Sequence[Chart],
+    footer: str,
 ) -> str:
     """The whole page: the claim and the records first, then the plots, then every number behind them."""
     records = [table for table in tables if table.summary_rows]
     others = [table for table in tables if not table.summary_rows]
     sections = [*map(_table_section, records), *map(_chart_section, charts), *map(_table_section, others)]
-    links = [*((_anchor(t.title), t.title) for t in records), *((c.name, c.title) for c in charts), *((_anchor(t.title), t.title) for t in others)]
+    links = [
+        *((_anchor(t.title), t.title) for t in records),
+        *((c.name, c.title) for c in charts),
+        *((_anchor(t.title), t.title) for t in others),
+    ]
     nav = "".join(f'<a href="#{anchor}">{html.escape(name)}</a>' for anchor, name in links)
     warnings = "".join(f"<p class=problem>{html.escape(problem)}</p>" for problem in problems)
     plots = f"<script>{plotly_javascript()}</script>\n<script>{THEME}</script>" if charts else ""

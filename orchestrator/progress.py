@@ -73,7 +73,9 @@ class Snapshot:
 def snapshot(study: Study, store: RunStore, state: StudyState, *, now: float | None = None) -> Snapshot:
     """Read how a study stands; of the event files, only the ends of those being written."""
     now = time.time() if now is None else now
-    running = tuple(_running(study, store, state, attempt, now) for attempt in state.attempts.values() if attempt.status is None)
+    running = tuple(
+        _running(study, store, state, attempt, now) for attempt in state.attempts.values() if attempt.status is None
+    )
     ends = Counter(_last_status(state, run_id) for run_id in state.run_ids)
     asked = runs_asked(study, state)
     to_go = max(0, asked - ends[protocol.COMPLETE] - ends[protocol.FAILED] - ends[protocol.STOPPED])
@@ -140,7 +142,10 @@ def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt,
 
 def _owner(state: StudyState, run_id: str) -> tuple[str, int | None]:
     """Who asked for a run, and its seed."""
-    named = [*((f"trial {t.number}", t.runs) for t in state.trials.values()), *((f"arm {a.name}", a.runs) for a in state.arms.values())]
+    named = [
+        *((f"trial {t.number}", t.runs) for t in state.trials.values()),
+        *((f"arm {a.name}", a.runs) for a in state.arms.values()),
+    ]
     for owner, runs in reversed(named):
         for seed, found in runs.items():
             if found == run_id:
@@ -180,7 +185,11 @@ def duration_text(seconds: float) -> str:
 def summary_text(study: Study, now: Snapshot) -> str:
     """One line: what is done, running and left."""
     parts = [f"{now.complete} of {now.runs_asked} runs done"]
-    parts += [f"{count} {word}" for count, word in ((now.failed, "failed"), (now.stopped, "stopped"), (len(now.running), "running")) if count]
+    parts += [
+        f"{count} {word}"
+        for count, word in ((now.failed, "failed"), (now.stopped, "stopped"), (len(now.running), "running"))
+        if count
+    ]
     if now.best is not None and now.best.value is not None:
         parts.append(f"best {now.best.value:.5f} (trial {now.best.number})")
     if now.seconds_left is not None:
@@ -276,15 +285,28 @@ class _LiveTable:
 
 def render(study: Study, now: Snapshot) -> Group:
     """The live table: running runs, the best point so far, one line of counts."""
-    table = Table(title=study.question, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
-    for column, justify in (("run of", "left"), ("seed", "right"), ("phase", "left"), ("step", "right"), ("loss", "right"), ("time", "right")):
+    table = Table(
+        title=study.question, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+    )
+    for column, justify in (
+        ("run of", "left"),
+        ("seed", "right"),
+        ("phase", "left"),
+        ("step", "right"),
+        ("loss", "right"),
+        ("time", "right"),
+    ):
         table.add_column(column, justify="right" if justify == "right" else "left", no_wrap=True)
     for run in now.running:
         loss = "–" if run.loss is None else f"{run.loss:.4f}"
         seed = "–" if run.seed is None else str(run.seed)
         table.add_row(run.owner, seed, run.phase, f"{run.step} of {run.steps}", loss, duration_text(run.seconds))
     best = now.best
-    lines = [Text(f"best so far: trial {best.number}, {best.value:.5f}  ({_params(best.params)})", style="green")] if best else []
+    lines = (
+        [Text(f"best so far: trial {best.number}, {best.value:.5f}  ({_params(best.params)})", style="green")]
+        if best
+        else []
+    )
     return Group(table, *lines, Text(summary_text(study, now), style="bold"))
 
 
@@ -296,7 +318,13 @@ def _asked(state: StudyState) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _params(params: dict[str, Any]) -> str:
-    return ", ".join(f"{knob} = {value:.4g}" if isinstance(value, float) else f"{knob} = {value}" for knob, value in params.items()) or "unchanged"
+    return (
+        ", ".join(
+            f"{knob} = {value:.4g}" if isinstance(value, float) else f"{knob} = {value}"
+            for knob, value in params.items()
+        )
+        or "unchanged"
+    )
 
 
 def _end_line(state: StudyState, attempt: Attempt) -> str:

@@ -126,10 +126,14 @@ def warnings(evidence: Evidence) -> list[str]:
     """What a sceptical reader must know before the numbers."""
     found = list(evidence.study.warnings())
     if evidence.state.closed != "finished":
-        found.append(f"The study {'was ' + evidence.state.closed if evidence.state.closed else 'is not finished'}: this is its state so far.")
+        found.append(
+            f"The study {'was ' + evidence.state.closed if evidence.state.closed else 'is not finished'}: this is its state so far."
+        )
     for arm in evidence.arms:
         for run in arm.missing:
-            found.append(f"{arm.name}, seed {run.seed} has no score ({run.state}{': ' + run.reason if run.reason else ''}).")
+            found.append(
+                f"{arm.name}, seed {run.seed} has no score ({run.state}{': ' + run.reason if run.reason else ''})."
+            )
         over = [run.seed for run in arm.runs if _is_over_cap(run)]
         if over:
             found.append(f"{arm.name}: the artifact is over the cap on seeds {', '.join(map(str, over))}.")
@@ -183,7 +187,11 @@ def as_record(report: Report) -> dict[str, Any]:
         "improvement": dataclasses.asdict(evidence.improvement) if evidence.improvement else None,
         "arms": [_arm_record(arm) for arm in evidence.arms],
         "trials": [
-            {**dataclasses.asdict(found.trial), "is_feasible": found.trial.is_feasible, "runs": [_run_record(run) for run in found.runs]}
+            {
+                **dataclasses.asdict(found.trial),
+                "is_feasible": found.trial.is_feasible,
+                "runs": [_run_record(run) for run in found.runs],
+            }
             for found in evidence.trials
         ],
         "attempts": [dataclasses.asdict(attempt) for attempt in evidence.attempts],
@@ -212,6 +220,7 @@ def _run_record(run: RunEvidence) -> dict[str, Any]:
         "quantization_gap": run.quantization_gap,
         "phases": result.phases if result else {},
         "bytes": {
-            part: getattr(result, f"{part}_bytes") if result else None for part in ("bundle", "model", "artifact", "cap")
+            part: getattr(result, f"{part}_bytes") if result else None
+            for part in ("bundle", "model", "artifact", "cap")
         },
     }

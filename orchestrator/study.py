@@ -132,7 +132,9 @@ class Study:
         found = []
         shared = sorted(set(self.search.seeds) & set(self.confirm.seeds)) if self.confirm else []
         if shared:
-            found.append(f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased")
+            found.append(
+                f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased"
+            )
         if self.confirm and len(self.confirm.seeds) < 3:
             found.append(f"{len(self.confirm.seeds)} confirmation seeds: a record needs three")
         return found
@@ -175,7 +177,11 @@ def _require(holds: bool, rule: str, got: object) -> None:
 def _check(study: Study) -> None:
     """The rules that single tables cannot know."""
     search, resources = study.search, study.resources
-    _require(bool(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", study.name)), "name must be lower-case letters, digits, '.', '_', '-'", study.name)
+    _require(
+        bool(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", study.name)),
+        "name must be lower-case letters, digits, '.', '_', '-'",
+        study.name,
+    )
     if study.space:
         _require(search.trials >= 1, "[search] trials must be at least 1", search.trials)
         _require(search.startup_trials >= 1, "[search] startup_trials must be at least 1", search.startup_trials)
@@ -189,11 +195,17 @@ def _check(study: Study) -> None:
     if search.objective == TTT and study.config.ttt.method == "off":
         raise ConfigError('[search] objective is "ttt", but ttt.method is "off"', hint='take objective = "sliding"')
     if study.stop_early:
-        _require(study.stop_early.startup_trials >= 1, "[stop_early] startup_trials must be at least 1", study.stop_early.startup_trials)
+        _require(
+            study.stop_early.startup_trials >= 1,
+            "[stop_early] startup_trials must be at least 1",
+            study.stop_early.startup_trials,
+        )
         for frac in study.stop_early.at_fracs:
             _require(0 < frac < 1, "[stop_early] at_fracs must lie between 0 and 1", frac)
     for name, low in (("slots", 1), ("gpus_per_run", 0), ("processes_per_run", 1), ("max_attempts", 1)):
-        _require(getattr(resources, name) >= low, f"[resources] {name} must be at least {low}", getattr(resources, name))
+        _require(
+            getattr(resources, name) >= low, f"[resources] {name} must be at least {low}", getattr(resources, name)
+        )
     _require(resources.timeout_minutes > 0, "[resources] timeout_minutes must be above 0", resources.timeout_minutes)
 
 
@@ -216,7 +228,7 @@ def parse_study(text: str) -> Study:
             raise ConfigError(f"a study has no key {key!r}", hint=nearest(key, known))
     for key in ("name", "question", "preset", "data"):
         if not isinstance(tables.get(key), str) or not tables[key]:
-            raise ConfigError(f"a study needs {key} = \"...\", got {tables.get(key)!r}")
+            raise ConfigError(f'a study needs {key} = "...", got {tables.get(key)!r}')
     is_record = "confirm" in tables and not {"space", "search", "stop_early"} & set(tables)
     for key in () if is_record else ("space", "search"):
         if not isinstance(tables.get(key), Mapping) or not tables[key]:

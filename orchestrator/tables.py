@@ -180,7 +180,8 @@ def params_table(evidence: Evidence) -> Table:
     """The best point beside the preset."""
     preset, best = evidence.study.preset_params(), evidence.state.best
     rows = tuple(
-        (knob, knob_text(preset[knob]), knob_text(best.params[knob]) if best else ABSENT) for knob in evidence.study.space
+        (knob, knob_text(preset[knob]), knob_text(best.params[knob]) if best else ABSENT)
+        for knob in evidence.study.space
     )
     heading = f"Best (trial {best.number})" if best else "Best"
     return Table(title="Knobs", columns=("Knob", f"Preset {evidence.study.preset}", heading), rows=rows)
@@ -242,7 +243,18 @@ def trials_table(evidence: Evidence) -> Table:
         violation = ", ".join(f"{name} +{knob_text(value)}" for name, value in trial.constraints.items() if value > 0)
         values = (knob_text(trial.params.get(knob, ABSENT)) for knob in knobs)
         source = next((run.source for run in found.runs), "")
-        rows.append((str(trial.number), trial.origin, *values, bpb(trial.value), trial.state, trial.reason, violation, Link(source)))
+        rows.append(
+            (
+                str(trial.number),
+                trial.origin,
+                *values,
+                bpb(trial.value),
+                trial.state,
+                trial.reason,
+                violation,
+                Link(source),
+            )
+        )
     name = STAGE_NAMES[evidence.objective]
     columns = ("Trial", "Origin", *knobs, name, "State", "Reason", "Constraint violation", "Source")
     searched = ", ".join(map(str, evidence.study.search.seeds))
@@ -271,7 +283,9 @@ def attempts_table(evidence: Evidence) -> Table:
 
 def is_number(cell: Cell) -> bool:
     """Whether a cell belongs to the right of its column."""
-    return isinstance(cell, str) and (cell == ABSENT or cell.replace("−", "-").replace(",", "").lstrip("+-").replace(".", "", 1).isdigit())
+    return isinstance(cell, str) and (
+        cell == ABSENT or cell.replace("−", "-").replace(",", "").lstrip("+-").replace(".", "", 1).isdigit()
+    )
 
 
 def _is_numeric_column(table: Table, index: int) -> bool:
@@ -284,7 +298,10 @@ def as_text(table: Table) -> str:
     grid = [table.columns, *[tuple(str(cell) for cell in row) for row in table.rows]]
     widths = [max(len(row[i]) for row in grid) for i in range(len(table.columns))]
     right = [_is_numeric_column(table, i) for i in range(len(table.columns))]
-    lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip() for row in grid]
+    lines = [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in grid
+    ]
     rule = "─" * max(map(len, lines))
     body = [lines[0], rule, *lines[1:]]
     if table.summary_rows:
@@ -304,7 +321,9 @@ def as_markdown(table: Table) -> str:
     rows = [
         line(f"**{cell(c)}**" if i >= first_summary and c else cell(c) for c in row) for i, row in enumerate(table.rows)
     ]
-    return "\n".join([f"## {table.title}", "", line(table.columns), line(rule), *rows, *(["", table.note] if table.note else [])])
+    return "\n".join(
+        [f"## {table.title}", "", line(table.columns), line(rule), *rows, *(["", table.note] if table.note else [])]
+    )
 
 
 def as_html(table: Table) -> str:
@@ -313,15 +332,20 @@ def as_html(table: Table) -> str:
 
     def cells(values: Iterable[Cell], tag: str) -> str:
         return "".join(
-            f'<{tag}{" class=number" if is_right else ""}>{_html_cell(value)}</{tag}>'
+            f"<{tag}{' class=number' if is_right else ''}>{_html_cell(value)}</{tag}>"
             for value, is_right in zip(values, numeric, strict=True)
         )
 
     first_summary = len(table.rows) - table.summary_rows
-    rows = [f"<tr{' class=summary' if i >= first_summary else ''}>{cells(row, 'td')}</tr>" for i, row in enumerate(table.rows)]
+    rows = [
+        f"<tr{' class=summary' if i >= first_summary else ''}>{cells(row, 'td')}</tr>"
+        for i, row in enumerate(table.rows)
+    ]
     note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
     head, body = cells(table.columns, "th"), "\n".join(rows)
-    return f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}"
+    return (
+        f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}"
+    )
 
 
 def _html_cell(value: Cell) -> str:

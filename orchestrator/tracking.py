@@ -56,7 +56,12 @@ KEY, LEVEL, STUDY, TRIAL, ARM, SEED, RUN_ID, ATTEMPT, STATUS, MIRRORED, REPORT, 
     "caddie.key", "caddie.level", "caddie.study", "caddie.trial", "caddie.arm", "caddie.seed", "caddie.run_id", "caddie.attempt",
     "caddie.status", "caddie.mirrored", "caddie.report", "caddie.problem",
 )  # fmt: skip
-PARENT, NAME, NOTE, GIT_COMMIT = "mlflow.parentRunId", "mlflow.runName", "mlflow.note.content", "mlflow.source.git.commit"
+PARENT, NAME, NOTE, GIT_COMMIT = (
+    "mlflow.parentRunId",
+    "mlflow.runName",
+    "mlflow.note.content",
+    "mlflow.source.git.commit",
+)
 VIEW_KEY = "caddie"
 """Name of the experiment's shared view: MLflow opens it for ?viewStateShareKey=."""
 
@@ -158,7 +163,9 @@ class Mirror:
     def run_of(self, experiment_id: str, key: str) -> _Mirrored | None:
         """The MLflow run of a key, also one that an earlier process made."""
         if (experiment_id, key) not in self._known:
-            found = self.client.search_runs([experiment_id], f"tags.`{KEY}` = '{key}'", ViewType.ACTIVE_ONLY, max_results=1)
+            found = self.client.search_runs(
+                [experiment_id], f"tags.`{KEY}` = '{key}'", ViewType.ACTIVE_ONLY, max_results=1
+            )
             if found:
                 self._remember(experiment_id, found[0])
         return self._known.get((experiment_id, key))
@@ -167,7 +174,9 @@ class Mirror:
         """Learn every run that an earlier process made, by pages."""
         token = None
         while True:
-            page = self.client.search_runs([experiment_id], "", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token)
+            page = self.client.search_runs(
+                [experiment_id], "", ViewType.ACTIVE_ONLY, max_results=1000, page_token=token
+            )
             for run in page:
                 self._remember(experiment_id, run)
             token = page.token
@@ -182,11 +191,15 @@ class Mirror:
                 is_whole=MIRRORED in tags and run.info.status in ENDED, tags=dict(tags),
             )  # fmt: skip
 
-    def create(self, experiment_id: str, key: str, *, name: str, started: float, tags: Mapping[str, str], attempt: int = 0) -> _Mirrored:
+    def create(
+        self, experiment_id: str, key: str, *, name: str, started: float, tags: Mapping[str, str], attempt: int = 0
+    ) -> _Mirrored:
         """A new MLflow run; the caller has looked that there is none."""
         tags = {**tags, KEY: key, ATTEMPT: str(attempt)} if attempt else {**tags, KEY: key}
         run = self.client.create_run(experiment_id, start_time=_milliseconds(started), tags=dict(tags), run_name=name)
-        mirrored = _Mirrored(mlflow_id=run.info.run_id, status="RUNNING", attempt=attempt, started=started, tags=dict(tags))
+        mirrored = _Mirrored(
+            mlflow_id=run.info.run_id, status="RUNNING", attempt=attempt, started=started, tags=dict(tags)
+        )
         self._known[experiment_id, key] = mirrored
         return mirrored
 
@@ -303,7 +316,9 @@ class _StudySync:
         if found is not None and found.is_whole:
             return
         found = found or self._create_owner(study_run, owner, key)
-        ended = [self._sync_seed(found, owner, seed, run_id, key=f"{key}/seed/{seed}") for seed, run_id in owner.runs.items()]
+        ended = [
+            self._sync_seed(found, owner, seed, run_id, key=f"{key}/seed/{seed}") for seed, run_id in owner.runs.items()
+        ]
         is_over = owner.state != ledger.RUNNING if isinstance(owner, Trial) else all(ended)
         if is_over and all(ended):
             self._finish_owner(found, owner)
@@ -320,7 +335,9 @@ class _StudySync:
     def _finish_owner(self, found: _Mirrored, owner: Trial | Arm) -> None:
         results = [result for result in map(self._result, owner.runs.values()) if result is not None]
         complete = [result for result in results if result.status == protocol.COMPLETE]
-        ended = max((_ended_at(self.state, run_id) for run_id in owner.runs.values()), default=0.0) or self.state.opened_at
+        ended = (
+            max((_ended_at(self.state, run_id) for run_id in owner.runs.values()), default=0.0) or self.state.opened_at
+        )
         values = _mean_values(complete, self.study.search.objective)
         if isinstance(owner, Trial):
             values |= {f"constraint/{name}": value for name, value in owner.constraints.items()}
@@ -390,7 +407,12 @@ class _StudySync:
             found = None
         if found is None:
             spec = protocol.read_spec(self.mirror.home.run(run_id).spec)
-            tags = {LEVEL: "seed", PARENT: owner_run.mlflow_id, **_owner_tags(owner), **_seed_tags(spec, self.study.name, seed)}
+            tags = {
+                LEVEL: "seed",
+                PARENT: owner_run.mlflow_id,
+                **_owner_tags(owner),
+                **_seed_tags(spec, self.study.name, seed),
+            }
             found = self.mirror.create(
                 self.experiment_id, key, name=f"{_owner_name(owner)} · seed {seed}", attempt=attempt.number,
                 started=self._started(attempt, run_id), tags=tags,
@@ -489,7 +511,9 @@ def _points(event: Mapping[str, Any], started: float) -> Iterator[Metric]:
         step = event["step"] if chunk is None else int(chunk)
         yield Metric(_metric_name(name), _number(value), timestamp, step)
         if chunk is None:
-            yield Metric(f"by_ms/{_metric_name(name)}", _number(value), timestamp, _milliseconds(event["train_seconds"]))
+            yield Metric(
+                f"by_ms/{_metric_name(name)}", _number(value), timestamp, _milliseconds(event["train_seconds"])
+            )
 
 
 def _final_metrics(values: Mapping[str, float], ended: float) -> list[Metric]:
@@ -571,7 +595,11 @@ def _study_note(study: Study, state: StudyState) -> str:
 def _owner_note(owner: Trial | Arm, objective: str, values: Mapping[str, float]) -> str:
     points = "\n".join(f"- `{knob}` = {_param_text(value)}" for knob, value in owner.params.items()) or "- unchanged"
     score = values.get(f"final/{objective}_bpb")
-    head = f"{objective} BPB {score:.5f}, mean over seeds {', '.join(map(str, owner.runs))}" if score is not None else "No score."
+    head = (
+        f"{objective} BPB {score:.5f}, mean over seeds {', '.join(map(str, owner.runs))}"
+        if score is not None
+        else "No score."
+    )
     reason = f"\n\n{owner.reason}" if isinstance(owner, Trial) and owner.reason else ""
     return f"{head}\n\n{points}{reason}"
 
@@ -609,7 +637,12 @@ def _experiment_tags(study: Study) -> dict[str, str]:
 def _view(study: Study) -> dict[str, Any]:
     """Trials and arms by score, with the changed knobs, every stage and the bytes; in the form of MLflow's shared views."""
     scores = [f"metrics.`final/{stage}_bpb`" for stage in reversed(protocol.STAGES)]
-    columns = [*scores, "metrics.`final/artifact_bytes`", *(f"params.`{knob}`" for knob in study.space), f"tags.`{STATUS}`"]
+    columns = [
+        *scores,
+        "metrics.`final/artifact_bytes`",
+        *(f"params.`{knob}`" for knob in study.space),
+        f"tags.`{STATUS}`",
+    ]
     return {
         "selectedColumns": columns,
         "columnOrder": columns,

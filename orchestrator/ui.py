@@ -47,7 +47,9 @@ def require_free_port(host: str, port: int) -> None:
     try:
         _bind(host, port)
     except socket.gaierror as error:
-        raise MachineError(f"{host}: this is no name or address of this machine", hint=f"take --host {LOOPBACK}") from error
+        raise MachineError(
+            f"{host}: this is no name or address of this machine", hint=f"take --host {LOOPBACK}"
+        ) from error
     except OSError as error:
         free = _bind(host, 0, otherwise=_bind(LOOPBACK, 0))
         reason = error.strerror or str(error)
@@ -127,7 +129,10 @@ def serve(
     for problem in prepare_store(home):
         _say(stream, f"warning: {problem}")
     if not is_loopback(host):
-        _say(stream, f"warning: anyone who reaches {host}:{port} can read and change this store: there is no authentication")
+        _say(
+            stream,
+            f"warning: anyone who reaches {host}:{port} can read and change this store: there is no authentication",
+        )
     server = _start(server_command(home, host, port))
     try:
         _wait_until_healthy(server, host, port)
@@ -143,7 +148,12 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """The server in a session of its own, so that Ctrl-C reaches it through us and its children end with it."""
     environment = {**os.environ, **SERVER_ENVIRONMENT}
     return subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
@@ -153,12 +163,16 @@ def _wait_until_healthy(server: subprocess.Popen[bytes], host: str, port: int) -
         if server.poll() is not None:
             raise MachineError(
                 f"MLflow's server ended with exit status {server.returncode} before it answered",
-                hint="run `" + " ".join(map(str, server.args if isinstance(server.args, list) else [server.args])) + "` to see why",
+                hint="run `"
+                + " ".join(map(str, server.args if isinstance(server.args, list) else [server.args]))
+                + "` to see why",
             )
         if _is_healthy(_url(host, port)):
             return
         time.sleep(0.2)
-    raise MachineError(f"MLflow's server did not answer on port {port} within {START_SECONDS:g} s", hint="run the command again")
+    raise MachineError(
+        f"MLflow's server did not answer on port {port} within {START_SECONDS:g} s", hint="run the command again"
+    )
 
 
 def _is_healthy(url: str) -> bool:

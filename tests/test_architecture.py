@@ -36,7 +36,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-SOURCES = {module_name(path): path for plane in ("orchestrator", "trainer") for path in sorted((ROOT / plane).glob("**/*.py"))}
+SOURCES = {
+    module_name(path): path for plane in ("orchestrator", "trainer") for path in sorted((ROOT / plane).glob("**/*.py"))
+}
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -60,7 +62,9 @@ def imported_by(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             origin = node.module or ""
-            found |= {f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in SOURCES else origin for alias in node.names}
+            found |= {
+                f"{origin}.{alias.name}" if f"{origin}.{alias.name}" in SOURCES else origin for alias in node.names
+            }
     return found
 
 
@@ -111,7 +115,9 @@ def test_the_trainers_package_is_empty() -> None:
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    remaining = {module: {name for name in names if name in SOURCES and name != module} for module, names in IMPORTS.items()}
+    remaining = {
+        module: {name for name in names if name in SOURCES and name != module} for module, names in IMPORTS.items()
+    }
     while free := {module for module, names in remaining.items() if not names & set(remaining)}:
         remaining = {module: names for module, names in remaining.items() if module not in free}
     assert not remaining, f"in or behind a circle: {sorted(remaining)}"
@@ -122,7 +128,16 @@ def test_no_module_is_called_utils() -> None:
 
 
 def test_files_of_the_contract_are_named_in_one_module() -> None:
-    names = {"spec.json", "result.json", "events.jsonl", "job.json", "claim.json", "manifest.json", "artifact.bin", "documents.txt"}
+    names = {
+        "spec.json",
+        "result.json",
+        "events.jsonl",
+        "job.json",
+        "claim.json",
+        "manifest.json",
+        "artifact.bin",
+        "documents.txt",
+    }
     for module, path in SOURCES.items():
         if module != "trainer.protocol":
             texts = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}

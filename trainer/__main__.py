@@ -42,7 +42,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from trainer import prepare, verification  # after the arguments are known to be right: they load torch
 
     if arguments.command == "verify-data":
-        return {"data": str(arguments.data_dir), "problems": verification.verify(arguments.data_dir, say=prepare.to_stderr)}
+        return {
+            "data": str(arguments.data_dir),
+            "problems": verification.verify(arguments.data_dir, say=prepare.to_stderr),
+        }
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(prepare.Recipe)}
     recipe = prepare.Recipe(**{name: value for name, value in given.items() if value is not None})
     prepared = prepare.prepare(recipe, arguments.out, say=prepare.to_stderr)

@@ -11,7 +11,9 @@ from trainer.config import ModelConfig
 # Dimensions: B batch, T tokens, D model width, H query heads, G key/value heads, K head width, R rotated dimensions.
 
 
-def rotary_tables(length: int, config: ModelConfig, *, train_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, config: ModelConfig, *, train_length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (length, R / 2), in float32.
 
     Positions and frequencies never pass through bfloat16: it holds 8 significant bits, so of 2,048 positions only 641

@@ -52,7 +52,9 @@ def _coerced(value: Any, hint: Any, place: str) -> Any:
 
 def _check_range(value: Any, rule: Mapping[str, Any], place: str) -> None:
     if "choices" in rule and value not in rule["choices"]:
-        raise ConfigError(f"{place} must be one of {', '.join(rule['choices'])}, got {value!r}", hint=nearest(value, rule["choices"]))
+        raise ConfigError(
+            f"{place} must be one of {', '.join(rule['choices'])}, got {value!r}", hint=nearest(value, rule["choices"])
+        )
     low, high, above = rule.get("low"), rule.get("high"), rule.get("above")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
@@ -153,7 +155,10 @@ class ModelConfig(Section):
             (self.rope_dims % 2, f"rope_dims {self.rope_dims} must be even"),
             (self.rope_dims > head_dim, f"rope_dims {self.rope_dims} must not exceed the head's {head_dim}"),
             (self.xsa_layers > self.layers, f"xsa_layers {self.xsa_layers} must not exceed layers {self.layers}"),
-            (self.parallel_start_layer >= self.layers, f"parallel_start_layer {self.parallel_start_layer} must be below layers {self.layers}"),
+            (
+                self.parallel_start_layer >= self.layers,
+                f"parallel_start_layer {self.parallel_start_layer} must be below layers {self.layers}",
+            ),
         ):
             if broken:
                 raise ConfigError(f"model: {rule}")
@@ -342,7 +347,9 @@ class EvaluationConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stride > self.sequence_length:
-            raise ConfigError(f"evaluation.stride {self.stride} must not exceed evaluation.sequence_length {self.sequence_length}")
+            raise ConfigError(
+                f"evaluation.stride {self.stride} must not exceed evaluation.sequence_length {self.sequence_length}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +400,9 @@ class LimitsConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.reserve_seconds >= self.train_seconds:
-            raise ConfigError(f"limits.reserve_seconds {self.reserve_seconds} must be below limits.train_seconds {self.train_seconds}")
+            raise ConfigError(
+                f"limits.reserve_seconds {self.reserve_seconds} must be below limits.train_seconds {self.train_seconds}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +445,9 @@ class Config:
                     f"evaluation.stride {self.evaluation.stride}, so that no window scores two chunks"
                 )
             if self.ttt.frozen_blocks > self.model.layers:
-                raise ConfigError(f"ttt.frozen_blocks {self.ttt.frozen_blocks} must not exceed model.layers {self.model.layers}")
+                raise ConfigError(
+                    f"ttt.frozen_blocks {self.ttt.frozen_blocks} must not exceed model.layers {self.model.layers}"
+                )
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -497,7 +508,10 @@ def knob_value(config: Config, knob: str) -> Any:
 def to_mapping(config: Config) -> dict[str, dict[str, Any]]:
     """The whole configuration as plain JSON values."""
     return {
-        name: {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(section).items()}
+        name: {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(section).items()
+        }
         for name, section in ((name, getattr(config, name)) for name in SECTIONS)
     }
 

@@ -31,7 +31,9 @@ def read_corpus(corpus: Sequence[str]) -> Iterator[str]:
     for name in corpus:
         texts: Iterable[str] = pydoc_documents() if name == PYDOC else file_documents(Path(name))
         for text in texts:
-            yield text.replace(SPACE, " ").replace("\0", " ")  # SentencePiece's own marks, as the challenge's preparation
+            yield text.replace(SPACE, " ").replace(
+                "\0", " "
+            )  # SentencePiece's own marks, as the challenge's preparation
 
 
 @functools.cache  # read three times, parsed once
@@ -41,7 +43,8 @@ def pydoc_documents() -> tuple[str, ...]:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise DataError(
-            "this Python has no pydoc_data.topics", hint="install the whole standard library, or give files as the corpus"
+            "this Python has no pydoc_data.topics",
+            hint="install the whole standard library, or give files as the corpus",
         ) from error
     root = Path(sysconfig.get_path("stdlib"))
     sources = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
@@ -77,11 +80,17 @@ def file_documents(path: Path) -> Iterator[str]:
             else:
                 yield lines.read()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8: {error.reason} at byte {error.start}", hint="convert the file to UTF-8") from error
+        raise DataError(
+            f"{path}: not UTF-8: {error.reason} at byte {error.start}", hint="convert the file to UTF-8"
+        ) from error
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: damaged or truncated {path.suffix[1:]}: {error}", hint="fetch the file again") from error
+        raise DataError(
+            f"{path}: damaged or truncated {path.suffix[1:]}: {error}", hint="fetch the file again"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}", hint=f"name {PYDOC!r}, or files of text") from error
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror or error}", hint=f"name {PYDOC!r}, or files of text"
+        ) from error
 
 
 def _open_text(path: Path) -> IO[str]:
@@ -99,6 +108,7 @@ def _json_documents(lines: IO[str], path: Path) -> Iterator[str]:
             text.encode()  # JSON can spell half of a surrogate pair
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f'{path}:{number}: needs a JSON object with a "text": {line[:60].rstrip()!r}', hint="mend or delete the line"
+                f'{path}:{number}: needs a JSON object with a "text": {line[:60].rstrip()!r}',
+                hint="mend or delete the line",
             ) from error
         yield text

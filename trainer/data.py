@@ -37,7 +37,9 @@ def read_shard(path: Path, shard: Shard) -> np.ndarray:
     size, expected = path.stat().st_size, HEADER_BYTES + 2 * shard.tokens
     if size != expected or size != shard.bytes:
         state = "truncated" if size < expected else "of the wrong size"
-        raise DataError(f"{path}: the shard is {state}: {size} bytes, {shard.tokens} tokens need {expected}", hint=remedy)
+        raise DataError(
+            f"{path}: the shard is {state}: {size} bytes, {shard.tokens} tokens need {expected}", hint=remedy
+        )
     header = [int(value) for value in np.fromfile(path, dtype="<i4", count=3)]
     if header != [MAGIC, VERSION, shard.tokens]:
         raise DataError(f"{path}: header {header}, must be {[MAGIC, VERSION, shard.tokens]}", hint=remedy)
@@ -143,7 +145,8 @@ def _require_sha256(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise DataError(
-            f"{path}: changed bytes: sha256 {found}, the manifest says {expected}", hint="fetch or prepare the data set again"
+            f"{path}: changed bytes: sha256 {found}, the manifest says {expected}",
+            hint="fetch or prepare the data set again",
         )
 
 
@@ -192,13 +195,10 @@ class TrainLoader:
 
     def next(self, sequences: int, rank: int = 0, world_size: int = 1) -> Tensor:
         """The next batch of `sequences` over all ranks, of it the rows rank::world_size: int64 [S, T + 1]."""
-        rows = [tokens_N[start : start + self.length + 1] for tokens_N, start in self._draw(sequences)[rank::world_size]]
+        rows = [
+            tokens_N[start : start + self.length + 1] for tokens_N, start in self._draw(sequences)[rank::world_size]
+        ]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
-
-    def skip(self, batches: int, sequences: int) -> None:
-        """Go on as if `batches` had been read."""
-        for _ in range(batches):
-            self._draw(sequences)
 
     def _draw(self, sequences: int) -> list[tuple[np.ndarray, int]]:
         """Choose a batch's blocks: some distinct shards, a multinomial share of the batch each, taken in turn."""

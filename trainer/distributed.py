@@ -76,10 +76,14 @@ def start_world(runtime: RuntimeConfig) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     has_gpu = torch.cuda.is_available()
     if runtime.device == "cuda" and not has_gpu:
-        raise ConfigError("runtime.device is 'cuda', but torch sees no GPU", hint="set runtime.device to 'auto' or 'cpu'")
+        raise ConfigError(
+            "runtime.device is 'cuda', but torch sees no GPU", hint="set runtime.device to 'auto' or 'cpu'"
+        )
     use_gpu = has_gpu and runtime.device != "cpu"
     if use_gpu and local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"process {local_rank} of this host has no GPU of its own: torch sees {torch.cuda.device_count()}")
+        raise ConfigError(
+            f"process {local_rank} of this host has no GPU of its own: torch sees {torch.cuda.device_count()}"
+        )
     device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)

@@ -95,7 +95,9 @@ class Tally:
         times = world.sum(self.times_scored_P)
         if not bool((times == 1).all()):
             wrong = int((times != 1).nonzero()[0])
-            raise JudgeError(f"position {wrong} of {self.stream.positions} was scored {int(times[wrong])} times, not once")
+            raise JudgeError(
+                f"position {wrong} of {self.stream.positions} was scored {int(times[wrong])} times, not once"
+            )
         nats = float(world.sum(self.nats.clone()))
         tokens = int(times.sum(dtype=torch.int64))
         scored_bytes = int((self.stream.target_bytes_P * times).sum(dtype=torch.int64))
@@ -145,7 +147,9 @@ def evaluate(
     bounds = torch.searchsorted(windows.begins_W, torch.arange(chunks + 1) * chunk_tokens).tolist()
     offsets, first_chunk_loss = torch.arange(windows.length, device=device), math.nan
     for chunk in range(chunks):
-        for numbers, scored in _shares(windows, bounds[chunk], bounds[chunk + 1], batch=config.batch_windows, world=world):
+        for numbers, scored in _shares(
+            windows, bounds[chunk], bounds[chunk + 1], batch=config.batch_windows, world=world
+        ):
             rows = windows.ends_W[numbers].to(device)[:, None] - windows.length + offsets
             tokens, targets = stream.tokens_N[rows].long(), stream.tokens_N[rows + 1].long()
             with torch.no_grad(), world.autocast(runtime):

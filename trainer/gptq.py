@@ -66,7 +66,9 @@ def inverse_factor(moments_NN: Tensor, damping: float) -> Tensor | None:
     return None
 
 
-def feed_back_errors(weight_MN: Tensor, scales_M: Tensor, factor_NN: Tensor, *, bits: int, block_columns: int) -> Tensor:
+def feed_back_errors(
+    weight_MN: Tensor, scales_M: Tensor, factor_NN: Tensor, *, bits: int, block_columns: int
+) -> Tensor:
     """Quantise column by column, each column's rounding error spread over the columns still to come. arXiv 2210.17323."""
     weight, scales = weight_MN.clone(), scales_M.float()
     integers = torch.empty_like(weight, dtype=torch.int8)
@@ -107,7 +109,11 @@ def quantize_matrix(weight_MN: Tensor, moments_NN: Tensor | None, config: QuantC
         dead = moments.diagonal() == 0
         moments.diagonal()[dead] = 1
         stacked[:, dead] = 0  # an input that is always zero: its weight does nothing and costs bytes
-        order = moments.diagonal().argsort(descending=True, stable=True) if config.act_order else torch.arange(len(dead), device=dead.device)
+        order = (
+            moments.diagonal().argsort(descending=True, stable=True)
+            if config.act_order
+            else torch.arange(len(dead), device=dead.device)
+        )
         factor = inverse_factor(moments[order][:, order], config.damping)
     if factor is None:
         integers = round_to_nearest(stacked, scales, bits)

@@ -1,6 +1,6 @@
 """One attempt of a run, from its directory to its result: load, warm up, train, calibrate, pack, score.
 
-    python train_gpt.py RUN_DIR --attempt N        (or under torchrun, one process a GPU)
+python train_gpt.py RUN_DIR --attempt N        (or under torchrun, one process a GPU)
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ def over_cap(run: Run) -> Failure | None:
     size, cap = run.found.get("artifact_bytes", 0), run.config.limits.artifact_bytes
     if size <= cap:
         return None
-    return Failure(kind=protocol.OVER_CAP, message=f"the artifact has {size} bytes, the cap is {cap}: {size - cap} too many")
+    return Failure(
+        kind=protocol.OVER_CAP, message=f"the artifact has {size} bytes, the cap is {cap}: {size - cap} too many"
+    )
 
 
 def result_of(run: Run, attempt: AttemptDir, status: str, failure: Failure | None) -> Result:
@@ -270,7 +272,13 @@ def stage_score(run: Run, stage: str, model: Model, stream: Stream, recurrent: b
     windows = plan_windows(stream.positions, length=length, stride=length if is_flat else config.evaluation.stride)
     adapter = (
         SGDAdapter(
-            model, stream, config=config.ttt, length=length, recurrent=recurrent, world=run.world, runtime=config.runtime
+            model,
+            stream,
+            config=config.ttt,
+            length=length,
+            recurrent=recurrent,
+            world=run.world,
+            runtime=config.runtime,
         )
         if is_ttt
         else None

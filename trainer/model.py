@@ -45,7 +45,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.attention_scale = nn.Parameter(torch.ones(config.width))
         self.mlp_scale = nn.Parameter(torch.ones(config.width))
-        self.mix = nn.Parameter(torch.stack((torch.ones(config.width), torch.zeros(config.width)))) if config.residual_mix else None
+        self.mix = (
+            nn.Parameter(torch.stack((torch.ones(config.width), torch.zeros(config.width))))
+            if config.residual_mix
+            else None
+        )
         self.input_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
     def attend(self, x: Tensor, x0: Tensor, rotary: tuple[Tensor, Tensor], value_embedding: Tensor | None) -> Tensor:
@@ -170,7 +174,9 @@ class Model(nn.Module):
     def nats(self, tokens_BT: Tensor, targets_BT: Tensor, *, recurrent: bool, scored: int) -> Tensor:
         """Cross-entropy of the last `scored` targets of each row, (B, S), in nats and float32."""
         logits = self.logits(self.hidden(tokens_BT, recurrent)[:, -scored:])
-        return F.cross_entropy(logits.flatten(0, 1), targets_BT[:, -scored:].flatten(), reduction="none").view(-1, scored)
+        return F.cross_entropy(logits.flatten(0, 1), targets_BT[:, -scored:].flatten(), reduction="none").view(
+            -1, scored
+        )
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, recurrent: bool) -> Tensor:
         """Mean cross-entropy of all targets, in nats."""

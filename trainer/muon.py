@@ -49,7 +49,9 @@ def muon_update(grad_MN: Tensor, buffer_MN: Tensor, *, momentum: float, steps: i
 class Muon:
     """Optimiser of the matrices; each process updates its share and all add their updates up in one exchange."""
 
-    def __init__(self, matrices: Iterable[Tensor], *, weight_decay: float, steps: int, row_normalize: bool, world: World) -> None:
+    def __init__(
+        self, matrices: Iterable[Tensor], *, weight_decay: float, steps: int, row_normalize: bool, world: World
+    ) -> None:
         self.matrices = list(matrices)
         self.weight_decay, self.steps, self.row_normalize, self.world = weight_decay, steps, row_normalize, world
         self.mine = range(world.rank, len(self.matrices), world.size)

@@ -403,7 +403,9 @@ def _staging(out: Path) -> Iterator[DataDir]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(f"{out}: another process is preparing it", hint="wait for it, then run the command again") from error
+            raise DataError(
+                f"{out}: another process is preparing it", hint="wait for it, then run the command again"
+            ) from error
         try:
             for stale in folder.iterdir():
                 stale.unlink()

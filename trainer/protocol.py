@@ -438,7 +438,9 @@ def read_manifest(path: Path) -> Manifest:
     manifest = _from_record(Manifest, record, path)
     try:
         splits = {
-            name: _from_record(Split, {**split, "shards": tuple(_from_record(Shard, shard, path) for shard in split["shards"])}, path)
+            name: _from_record(
+                Split, {**split, "shards": tuple(_from_record(Shard, shard, path) for shard in split["shards"])}, path
+            )
             for name, split in record["splits"].items()
         }
     except (TypeError, KeyError, AttributeError) as error:

@@ -162,7 +162,14 @@ def train(
         momentum = muon_momentum(step, config.optim)
         if config.model.has_recurrence and not recurrent and is_recurrent(step, frac, schedule):
             recurrent = True
-            log.emit(PHASE, name="recurrence", state="on", step=step, train_seconds=round(seconds, 4), layers=model.layer_order(True))
+            log.emit(
+                PHASE,
+                name="recurrence",
+                state="on",
+                step=step,
+                train_seconds=round(seconds, 4),
+                layers=model.layer_order(True),
+            )
 
         batch = loader.next(sequences, world.rank, world.size)
         loss = network.backward(batch.to(world.device, non_blocking=True), recurrent)
@@ -193,7 +200,9 @@ def train(
     )  # fmt: skip
 
 
-def calibrate(model: Model, dataset: Dataset, *, config: Config, seed: int, recurrent: bool, world: World) -> dict[str, Tensor]:
+def calibrate(
+    model: Model, dataset: Dataset, *, config: Config, seed: int, recurrent: bool, world: World
+) -> dict[str, Tensor]:
     """Second moments of the inputs of every quantised matrix, by matrix name, per position, over all processes.
 
     Matrices that share an input share one tensor. Reads training data, so its time belongs to the training budget.

@@ -41,7 +41,15 @@ class SGDAdapter:
     """SGD with momentum on all weights that are not frozen; every process ends a chunk with the same weights."""
 
     def __init__(
-        self, model: Model, stream: Stream, *, config: TTTConfig, length: int, recurrent: bool, world: World, runtime: RuntimeConfig
+        self,
+        model: Model,
+        stream: Stream,
+        *,
+        config: TTTConfig,
+        length: int,
+        recurrent: bool,
+        world: World,
+        runtime: RuntimeConfig,
     ) -> None:
         self.model, self.stream, self.config, self.length = model, stream, config, length
         self.recurrent, self.world, self.runtime = recurrent, world, runtime

@@ -73,7 +73,9 @@ def _verify_totals(folder: DataDir, name: str, split: Split) -> list[str]:
     found, first = [], 0
     for shard in split.shards:
         if shard.first_document != first:
-            found.append(f"{folder.manifest}: {shard.file} begins with document {shard.first_document}, must be {first}")
+            found.append(
+                f"{folder.manifest}: {shard.file} begins with document {shard.first_document}, must be {first}"
+            )
         first += shard.documents
     tokens = sum(shard.tokens for shard in split.shards)
     if (tokens, first) != (split.tokens, split.documents):
@@ -108,7 +110,9 @@ class SplitCheck:
             text_bytes += _shard_bytes(table, tokens_N)
             hashes += self._hashes(tokens_N)
         if text_bytes != self.split.text_bytes:
-            found.append(f"{self.folder.root}: the {self.name} tokens count {text_bytes} bytes, the manifest says {self.split.text_bytes}")
+            found.append(
+                f"{self.folder.root}: the {self.name} tokens count {text_bytes} bytes, the manifest says {self.split.text_bytes}"
+            )
         if listed and hashes != listed:
             found.append(f"{self.folder.documents}: the {self.name} documents are not the listed ones")
         return found
@@ -128,7 +132,9 @@ class SplitCheck:
             )
         starts = int((tokens_N == BOS).sum())
         if starts != shard.documents or (starts and tokens_N[0] != BOS):
-            raise DataError(f"{path}: {starts} document starts, the manifest says {shard.documents}, the first token included")
+            raise DataError(
+                f"{path}: {starts} document starts, the manifest says {shard.documents}, the first token included"
+            )
         return tokens_N
 
     def _hashes(self, tokens_N: np.ndarray) -> list[str]:

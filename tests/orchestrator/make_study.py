@@ -129,7 +129,13 @@ class Maker:
         seconds = result.phases.get("total", 40.0)
         self.clock += seconds / 2
         self.append(
-            ENDED, run_id=run.run_id, attempt=attempt.number, status=result.status, failure=failure, seconds=seconds, gpus=0
+            ENDED,
+            run_id=run.run_id,
+            attempt=attempt.number,
+            status=result.status,
+            failure=failure,
+            seconds=seconds,
+            gpus=0,
         )
 
     def complete(self, run: RunDir, *, number: int = 1) -> Result:
@@ -144,25 +150,55 @@ class Maker:
         write_events(attempt, spec_of(run), started=self.clock, steps=60)
         self.append(STOP_ASKED, run_id=run.run_id, attempt=1, reason=reason)
         seed = spec_of(run).seed
-        self.end(run, attempt, Result(run_id=run.run_id, attempt=1, status=protocol.STOPPED, seed=seed, steps=60, phases={"train": 11.0, "total": 14.0}))
+        self.end(
+            run,
+            attempt,
+            Result(
+                run_id=run.run_id,
+                attempt=1,
+                status=protocol.STOPPED,
+                seed=seed,
+                steps=60,
+                phases={"train": 11.0, "total": 14.0},
+            ),
+        )
 
     def fail(self, run: RunDir, kind: str, message: str, *, number: int = 1) -> None:
         attempt = self.submit(run, number)
         write_events(attempt, spec_of(run), started=self.clock, steps=30)
         failure = Failure(kind=kind, message=message, log=f"{attempt.stderr}\nTraceback: {message}")
         seed = spec_of(run).seed
-        self.end(run, attempt, Result(run_id=run.run_id, attempt=number, status=protocol.FAILED, seed=seed, failure=failure, phases={"total": 9.0}))
+        self.end(
+            run,
+            attempt,
+            Result(
+                run_id=run.run_id,
+                attempt=number,
+                status=protocol.FAILED,
+                seed=seed,
+                failure=failure,
+                phases={"total": 9.0},
+            ),
+        )
 
     def begin(self, run: RunDir, steps: int) -> AttemptDir:
         attempt = self.submit(run)
         write_events(attempt, spec_of(run), started=self.clock, steps=steps, is_ended=False)
         return attempt
 
-    def tell(self, number: int, state: str, value: float | None = None, reason: str = "", over: float = -12_000.0) -> None:
+    def tell(
+        self, number: int, state: str, value: float | None = None, reason: str = "", over: float = -12_000.0
+    ) -> None:
         constraints = {"artifact_bytes": over, "train_seconds": -250.0} if state == COMPLETE else {}
         intermediate = {"60": 3.1} if state == PRUNED else {}
         self.append(
-            TRIAL_TOLD, trial=number, state=state, value=value, constraints=constraints, intermediate=intermediate, reason=reason
+            TRIAL_TOLD,
+            trial=number,
+            state=state,
+            value=value,
+            constraints=constraints,
+            intermediate=intermediate,
+            reason=reason,
         )
 
 
@@ -177,7 +213,9 @@ def bpb_of(config: dict[str, dict[str, Any]], seed: int) -> float:
     return 2.02 + bowl + random.Random(f"{seed} {decay:.6g} {gain:.6g}").gauss(0.0, 0.004)
 
 
-def write_events(attempt: AttemptDir, spec: protocol.Spec, *, started: float, steps: int, is_ended: bool = True) -> None:
+def write_events(
+    attempt: AttemptDir, spec: protocol.Spec, *, started: float, steps: int, is_ended: bool = True
+) -> None:
     """The event file of one attempt, up to `steps`; an ended one has its evaluation and TTT too."""
     bpb, t, noise = bpb_of(spec.config, spec.seed), 1.6, random.Random(spec.run_id)
 
@@ -190,7 +228,11 @@ def write_events(attempt: AttemptDir, spec: protocol.Spec, *, started: float, st
     for step in [*range(1, 11), *range(15, steps + 1, 5)]:
         t = begun + 0.18 * step
         loss = LOSS_OF_BPB * bpb + 4.2 * math.exp(-step / 22) + noise.gauss(0, 0.03)
-        values = {"train_loss": loss, "lr_scale": min(1.0, (121 - step) / 80), "tokens_per_second": noise.gauss(22_500, 300)}
+        values = {
+            "train_loss": loss,
+            "lr_scale": min(1.0, (121 - step) / 80),
+            "tokens_per_second": noise.gauss(22_500, 300),
+        }
         emit(protocol.METRIC, step=step, train_seconds=round(t - begun, 4), values=values)
     if not is_ended or steps < 120:
         return
@@ -252,7 +294,9 @@ def search(maker: Maker, trials: int) -> None:
             if number == 2:
                 maker.fail(run, protocol.INFRASTRUCTURE, "the worker disappeared")
             result = maker.complete(run, number=2 if number == 2 else 1)
-            maker.tell(number, COMPLETE, value=result.scores[protocol.TTT].bpb, over=1500.0 if number == 6 else -12_000.0)
+            maker.tell(
+                number, COMPLETE, value=result.scores[protocol.TTT].bpb, over=1500.0 if number == 6 else -12_000.0
+            )
 
 
 def confirm(maker: Maker, *, failing_seed: int | None = None) -> None:

@@ -53,7 +53,11 @@ def test_every_module_of_a_run_is_packed_and_no_other():
 
 
 def test_modules_come_from_the_bundle_where_no_source_is_installed(packed, tmp_path):
-    done = probe(packed, "import trainer.schedule as s; print(s.__file__, s.lr_multiplier(1.0, warmdown_frac=.5, floor=.25))", tmp_path)
+    done = probe(
+        packed,
+        "import trainer.schedule as s; print(s.__file__, s.lr_multiplier(1.0, warmdown_frac=.5, floor=.25))",
+        tmp_path,
+    )
     assert done.stdout.strip().endswith("train_gpt.py/trainer/schedule.py 0.25"), done.stderr
 
 

@@ -67,7 +67,9 @@ def test_an_unknown_command_is_a_usage_error(home: Path, capsys: pytest.CaptureF
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
-def test_data_is_prepared_under_a_name_and_verified(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_is_prepared_under_a_name_and_verified(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
     options = ["--vocab-size", str(VOCAB_SIZE), "--val-frac", "0.2", "--shard-tokens", "4000"]
     assert caddie(home, "data", "prepare", "--corpus", str(corpus), "--out", "words", *options) == 0
@@ -101,7 +103,9 @@ def fitting_study(home: Path, tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_study_is_checked_without_a_submission(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_is_checked_without_a_submission(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = fitting_study(home, tmp_path)
     assert caddie(home, "study", "check", study) == 0
     assert capsys.readouterr().out.startswith(f"{NAME}: sound; 8 trials over optim.muon_weight_decay, ")
@@ -121,11 +125,21 @@ def test_what_weakens_a_study_is_a_warning(home: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("change", "code", "message", "hint"),
     [
-        (('"model.qk_gain"', '"model.qk_gian"'), 3, "there is no knob 'model.qk_gian'", "did you mean 'model.qk_gain'?"),
+        (
+            ('"model.qk_gain"', '"model.qk_gian"'),
+            3,
+            "there is no knob 'model.qk_gian'",
+            "did you mean 'model.qk_gain'?",
+        ),
         (("low = 1.5", "low = 9.5"), 3, '[space."model.qk_gain"] low 9.5 must be below high 6.0', None),
         (("high = 6.0", "high = -1"), 3, '[space."model.qk_gain"] low 1.5 must be below high -1', None),
         (('data = "small"', 'data = "large"'), 4, "there is no data set 'large'", "there are: small"),
-        ((f"= {VOCAB_SIZE}", "= 512"), 3, "model.vocab_size is 512, the data set", "take another data set, or set model.vocab_size to 420"),
+        (
+            (f"= {VOCAB_SIZE}", "= 512"),
+            3,
+            "model.vocab_size is 512, the data set",
+            "take another data set, or set model.vocab_size to 420",
+        ),
     ],
 )
 def test_a_study_that_cannot_be_run_is_refused_before_anything_is_written(
@@ -191,7 +205,9 @@ def test_an_unknown_study_is_an_error_with_a_hint(home: Path, capsys: pytest.Cap
         (["--set", "ttt.lr=fast"], "ttt.lr is of type float, got 'fast'"),
     ],
 )
-def test_a_record_that_cannot_be_meant_is_refused(home: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_record_that_cannot_be_meant_is_refused(
+    home: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert caddie(home, "run", "smoke", *options) == ConfigError.exit_code
     assert f"error: {message}" in capsys.readouterr().err
     assert not home.exists()
@@ -199,7 +215,10 @@ def test_a_record_that_cannot_be_meant_is_refused(home: Path, options: list[str]
 
 def test_settings_and_presets_are_read_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.parse_settings(["ttt.lr=0.01", "model.recurrence_layers=2,3"]) == {"ttt.lr": 0.01, "model.recurrence_layers": (2, 3)}
+    assert cli.parse_settings(["ttt.lr=0.01", "model.recurrence_layers=2,3"]) == {
+        "ttt.lr": 0.01,
+        "model.recurrence_layers": (2, 3),
+    }
     assert cli.named_preset("smoke") == "smoke"
     assert cli.named_preset("mine.toml") == str(tmp_path / "mine.toml")
 
@@ -215,7 +234,9 @@ def test_a_report_is_printed_with_the_place_of_its_page(home: Path, capsys: pyte
     assert json.loads(capsys.readouterr().out)
 
 
-def test_the_doctor_names_what_it_found_and_fails_only_for_what_is_missing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_names_what_it_found_and_fails_only_for_what_is_missing(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = caddie(home, "doctor", "--json")
     findings = json.loads(capsys.readouterr().out)
     assert code == (MachineError.exit_code if any(finding["status"] == "missing" for finding in findings) else 0)
@@ -237,7 +258,9 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(cli, "make_parser", lambda: parser)
 
 
-def test_a_full_disk_is_an_error_with_its_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_an_error_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     answer_with(monkeypatch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/home/of/runs"))
     assert cli.main([]) == StorageError.exit_code
     told = capsys.readouterr().err
@@ -269,7 +292,9 @@ def test_a_reader_that_leaves_early_is_no_error(home: Path) -> None:
     assert (process.returncode, process.stderr) == (141, "")
 
 
-def test_the_home_is_the_environments_where_none_is_named(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_home_is_the_environments_where_none_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_study(home)
     monkeypatch.setenv("CADDIE_HOME", str(home))
     assert cli.main(["study", "list"]) == 0

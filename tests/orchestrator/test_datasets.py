@@ -41,14 +41,25 @@ def test_a_folder_without_a_manifest_is_no_data_set(tmp_path: Path) -> None:
 
 def test_preparing_runs_the_trainer_and_returns_the_totals(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", texts())
-    options = ["--corpus", str(corpus), "--out", str(tmp_path / "d"), "--vocab-size", str(VOCAB_SIZE), "--val-frac", "0.2"]
+    options = [
+        "--corpus",
+        str(corpus),
+        "--out",
+        str(tmp_path / "d"),
+        "--vocab-size",
+        str(VOCAB_SIZE),
+        "--val-frac",
+        "0.2",
+    ]
     made = datasets.prepare(options)
     assert made["splits"]["train"]["documents"] == datasets.manifest_of(tmp_path / "d").manifest.splits[TRAIN].documents
 
 
 def test_an_error_of_the_trainer_comes_back_as_itself(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere.txt: cannot be read") as caught:
-        datasets.prepare(["--corpus", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "d"), "--vocab-size", "420"])
+        datasets.prepare(
+            ["--corpus", str(tmp_path / "nowhere.txt"), "--out", str(tmp_path / "d"), "--vocab-size", "420"]
+        )
     assert caught.value.hint
 
 

@@ -37,7 +37,9 @@ def make_data_set(home, *, bytes_on_disk=64):
         (root / file).write_bytes(b"x" * bytes_on_disk)
         shard = Shard(file=file, tokens=1000, bytes=64, sha256="", first_document=0, documents=1)
         splits[split] = Split(shards=(shard,), tokens=1000, documents=1, text_bytes=3000)
-    manifest = Manifest(source="test", recipe={}, tokenizer="tokenizer.model", tokenizer_sha256="", vocab_size=1024, splits=splits)
+    manifest = Manifest(
+        source="test", recipe={}, tokenizer="tokenizer.model", tokenizer_sha256="", vocab_size=1024, splits=splits
+    )
     write_manifest(DataDir(root).manifest, manifest)
 
 
@@ -96,7 +98,9 @@ def test_a_source_checkout_that_is_not_installed_is_named(monkeypatch):
 
 
 def test_installed_requirements_are_listed_once_without_the_packages_own_extras(monkeypatch):
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["rich>=14", "rich>=14", 'caddie[trainer]; extra == "all"'])
+    monkeypatch.setattr(
+        doctor.metadata, "requires", lambda name: ["rich>=14", "rich>=14", 'caddie[trainer]; extra == "all"']
+    )
     assert [finding.name for finding in doctor.packages(installed({"rich": "15"}))] == ["rich"]
 
 
@@ -122,7 +126,11 @@ def test_a_torch_that_answers_nonsense_is_a_warning():
 
 @pytest.mark.parametrize(
     ("tools", "status", "word"),
-    [((), OK, "not here"), (("sbatch", "sinfo", "sacct"), OK, "are here"), (("sbatch", "sinfo"), WARN, "without sacct")],
+    [
+        ((), OK, "not here"),
+        (("sbatch", "sinfo", "sacct"), OK, "are here"),
+        (("sbatch", "sinfo"), WARN, "without sacct"),
+    ],
 )
 def test_slurm_is_an_offer(tools, status, word):
     found = doctor.slurm(lambda tool: f"/usr/bin/{tool}" if tool in tools else None)

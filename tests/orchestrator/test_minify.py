@@ -71,8 +71,14 @@ def test_the_smaller_source_does_the_same():
 
 
 def test_every_statement_stays_on_its_line():
-    kept = {type(node).__name__ + str(node.lineno) for node in ast.walk(ast.parse(smaller(SOURCE))) if isinstance(node, ast.Return)}
-    assert kept < {type(node).__name__ + str(node.lineno) for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Return)}
+    kept = {
+        type(node).__name__ + str(node.lineno)
+        for node in ast.walk(ast.parse(smaller(SOURCE)))
+        if isinstance(node, ast.Return)
+    }
+    assert kept < {
+        type(node).__name__ + str(node.lineno) for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Return)
+    }
     assert smaller(SOURCE).count("\n") == SOURCE.count("\n")
 
 
@@ -123,6 +129,14 @@ def test_the_trainer_keeps_its_lines_and_its_module_level_names():
     for name in MODULES:
         readable = (ROOT / f"{name}.py").read_text()
         source = packed[f"trainer.{name}"]
-        lines = {node.name: node.lineno for node in ast.parse(readable).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        kept = {node.name: node.lineno for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        lines = {
+            node.name: node.lineno
+            for node in ast.parse(readable).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        kept = {
+            node.name: node.lineno
+            for node in ast.parse(source).body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
         assert kept.items() <= lines.items(), name

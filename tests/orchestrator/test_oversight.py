@@ -64,7 +64,9 @@ def test_an_unknown_study_is_refused_with_the_known_ones(searching: Home) -> Non
 
 
 @pytest.mark.parametrize(("cancel", "content"), [(False, sweep.DRAIN), (True, sweep.CANCEL)])
-def test_a_working_controller_is_asked_through_the_studys_stop_file(searching: Home, cancel: bool, content: str) -> None:
+def test_a_working_controller_is_asked_through_the_studys_stop_file(
+    searching: Home, cancel: bool, content: str
+) -> None:
     with lock.held(searching.study(NAME).lock):
         said = oversight.ask_to_stop(searching, NAME, cancel=cancel)
     assert searching.study(NAME).stop.read_text() == content

@@ -91,7 +91,10 @@ def test_only_the_end_of_a_long_event_file_is_read_and_damage_is_forgiven(tmp_pa
     run_id = next(attempt.run_id for attempt in state.attempts.values() if attempt.status is None)
     attempt = home.run(run_id).attempt(1)
     for step in range(1000):
-        protocol.append_line(attempt.events, {"kind": "metric", "t": 1.0, "step": step, "train_seconds": 1.0, "values": {"train_loss": 2.0}})
+        protocol.append_line(
+            attempt.events,
+            {"kind": "metric", "t": 1.0, "step": step, "train_seconds": 1.0, "values": {"train_loss": 2.0}},
+        )
     with_event_line(attempt, b'broken\n[1]\n{"kind": "metric", "step": 77')
     events = list(tail_events(attempt))
     assert 0 < len(events) < TAIL_BYTES / 50  # a line of this file has more than fifty bytes
@@ -105,7 +108,9 @@ def test_a_run_answered_from_the_store_counts_as_complete(tmp_path):
     assert look(maker.home)[1].complete == 1
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.4, "4 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
 def test_durations_read_like_a_clock(seconds, text):
     assert duration_text(seconds) == text
 

@@ -84,7 +84,14 @@ def test_the_record_table_has_the_authors_form_a_row_a_seed_mean_and_spread(fini
     lines = render_text(report).splitlines()
     start = lines.index("Record: best")
     assert lines[start + 2].split("  ")[-1].strip() == "Artifact bytes"
-    assert re.split(r"\s{2,}", lines[start + 2].strip()) == ["Seed", "Steps", "Sliding BPB", "TTT BPB", "TTT gain", "Artifact bytes"]
+    assert re.split(r"\s{2,}", lines[start + 2].strip()) == [
+        "Seed",
+        "Steps",
+        "Sliding BPB",
+        "TTT BPB",
+        "TTT gain",
+        "Artifact bytes",
+    ]
     rows = [re.split(r"\s{2,}", line.strip()) for line in lines[start + 4 : start + 10]]
     assert [row[0] for row in rows] == ["42", "314", "999", rows[3][0], "mean of 3", "std (n−1)"]
     assert rows[0][5] == "455,274"
@@ -225,7 +232,9 @@ def test_a_pipe_in_a_reason_does_not_break_the_markdown_table(tmp_path):
     [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
     maker.fail(run, "code", "a | b\nc")
     maker.tell(0, ledger.FAILED, reason="code: a | b\nc")
-    row = next(line for line in write_report(maker.home, NAME).text.read_text().splitlines() if line.startswith("| 0 | preset"))
+    row = next(
+        line for line in write_report(maker.home, NAME).text.read_text().splitlines() if line.startswith("| 0 | preset")
+    )
     assert "code: a \\| b c" in row
 
 

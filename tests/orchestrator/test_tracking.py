@@ -43,7 +43,9 @@ def in_home(empty_database):
 def runs_by_key(home, name=NAME):
     client = Mirror(home).client
     experiment = client.get_experiment_by_name(name)
-    return {run.data.tags["caddie.key"]: run for run in client.search_runs([experiment.experiment_id], max_results=1000)}
+    return {
+        run.data.tags["caddie.key"]: run for run in client.search_runs([experiment.experiment_id], max_results=1000)
+    }
 
 
 def points(home, run, name):
@@ -139,7 +141,9 @@ def test_metrics_are_kept_by_step_and_by_milliseconds_at_their_own_time(mirrored
     metrics = [event for event in events if event["kind"] == protocol.METRIC and "train_loss" in event["values"]]
     expected = [(e["step"], round((started + e["t"]) * 1000), e["values"]["train_loss"]) for e in metrics]
     assert points(home, run, "train_loss") == expected
-    assert [step for step, _, _ in points(home, run, "by_ms/train_loss")] == [round(e["train_seconds"] * 1000) for e in metrics]
+    assert [step for step, _, _ in points(home, run, "by_ms/train_loss")] == [
+        round(e["train_seconds"] * 1000) for e in metrics
+    ]
 
 
 def test_test_time_training_is_kept_by_chunk(mirrored):
@@ -184,7 +188,9 @@ def test_the_experiment_has_a_description_and_a_view_with_the_studys_columns(mir
     assert experiment.tags["mlflow.note.content"].startswith("Do Muon's weight decay")
     found = Mirror(home).client.search_runs([experiment.experiment_id], view["searchFilter"])
     assert {run.data.tags["caddie.level"] for run in found} == {"trial", "arm"}
-    assert view_paths(home) == {NAME: f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=caddie&workflowType=machine_learning"}
+    assert view_paths(home) == {
+        NAME: f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=caddie&workflowType=machine_learning"
+    }
 
 
 def test_a_restarted_mirror_adds_nothing_to_what_is_there(tmp_path, in_home):
@@ -212,7 +218,10 @@ def test_new_events_are_added_to_a_running_run(tmp_path, in_home):
     run = runs_by_key(home)["trial/2/seed/1"]
     assert run.info.status == "RUNNING"
     attempt = home.run(run.data.tags["caddie.run_id"]).attempt(1)
-    with_event_line(attempt, b'{"kind":"metric","t":30.0,"step":65,"train_seconds":12.0,"values":{"train_loss":2.5,"odd[name]":1}}\n{"kind":"met')
+    with_event_line(
+        attempt,
+        b'{"kind":"metric","t":30.0,"step":65,"train_seconds":12.0,"values":{"train_loss":2.5,"odd[name]":1}}\n{"kind":"met',
+    )
     mirror.sync(NAME)
     found = runs_by_key(home)["trial/2/seed/1"].data.metrics
     assert (found["train_loss"], found["by_ms/odd_name_"]) == (2.5, 1.0)
@@ -222,7 +231,10 @@ def test_new_events_are_added_to_a_running_run(tmp_path, in_home):
 def test_a_loss_that_is_not_finite_is_mirrored_as_not_a_number(tmp_path, in_home, text):
     home = in_home(make_study(tmp_path, stage="search", trials=3))
     run_id = gather(home, NAME).trials[-1].runs[0].run_id
-    with_event_line(home.run(run_id).attempt(1), b'{"kind":"metric","t":30.0,"step":65,"train_seconds":12.0,"values":{"train_loss":' + text + b"}}\n")
+    with_event_line(
+        home.run(run_id).attempt(1),
+        b'{"kind":"metric","t":30.0,"step":65,"train_seconds":12.0,"values":{"train_loss":' + text + b"}}\n",
+    )
     assert Mirror(home).sync(NAME) == []
     value = points(home, runs_by_key(home)["trial/2/seed/1"], "train_loss")[-1][2]
     assert value != value
@@ -247,7 +259,9 @@ def test_a_run_whose_worker_died_without_a_result_fails_by_the_ledger(tmp_path, 
     maker = Maker(tmp_path)
     [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
     maker.begin(run, steps=20)
-    maker.append(ledger.ENDED, run_id=run.run_id, attempt=1, status="failed", failure="infrastructure", seconds=5.0, gpus=0)
+    maker.append(
+        ledger.ENDED, run_id=run.run_id, attempt=1, status="failed", failure="infrastructure", seconds=5.0, gpus=0
+    )
     maker.tell(0, ledger.FAILED, reason="infrastructure")
     home = in_home(maker.home)
     Mirror(home).sync(NAME)
@@ -309,7 +323,11 @@ def test_a_damaged_result_is_reported_and_the_other_runs_are_mirrored(tmp_path, 
 def test_a_record_attempt_is_mirrored_as_one_arm(tmp_path, in_home):
     home = in_home(make_record(tmp_path))
     assert sync_all(home) == []
-    assert set(runs_by_key(home, "record-smoke")) == {"study", "arm/preset", *(f"arm/preset/seed/{s}" for s in (42, 314, 999))}
+    assert set(runs_by_key(home, "record-smoke")) == {
+        "study",
+        "arm/preset",
+        *(f"arm/preset/seed/{s}" for s in (42, 314, 999)),
+    }
 
 
 def test_a_study_that_cannot_be_read_does_not_stop_the_others(tmp_path, in_home):
@@ -356,7 +374,9 @@ def test_a_rebuild_makes_the_same_runs_and_keeps_the_old_database_beside(tmp_pat
     before = runs_by_key(home, "record-smoke")
     assert rebuild(home) == []
     after = runs_by_key(home, "record-smoke")
-    assert {key: run.data.metrics for key, run in after.items()} == {key: run.data.metrics for key, run in before.items()}
+    assert {key: run.data.metrics for key, run in after.items()} == {
+        key: run.data.metrics for key, run in before.items()
+    }
     assert {run.info.run_id for run in after.values()}.isdisjoint(run.info.run_id for run in before.values())
     assert home.mlflow_previous.exists()
     files = Mirror(home).client.list_artifacts(after["arm/preset/seed/42"].info.run_id)

@@ -69,7 +69,15 @@ def test_a_host_that_is_no_name_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("host", "expected"), [("127.0.0.1", True), ("127.0.1.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("login01", False)]
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.1.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("login01", False),
+    ],
 )
 def test_loopback_is_what_only_this_machine_reaches(host, expected):
     assert is_loopback(host) is expected
@@ -138,7 +146,10 @@ def test_a_server_that_dies_before_it_answers_is_an_error_with_its_command(tmp_p
 
 
 def test_a_server_that_dies_later_is_an_error(tmp_path, monkeypatch):
-    FakeServer(monkeypatch, HEALTHY.replace("self.end_headers()", "self.end_headers(); self.wfile.flush(); import os; os._exit(4)"))
+    FakeServer(
+        monkeypatch,
+        HEALTHY.replace("self.end_headers()", "self.end_headers(); self.wfile.flush(); import os; os._exit(4)"),
+    )
     with pytest.raises(MachineError, match="exit status 4"):
         serve(Home(tmp_path), port=free_port(), stream=io.StringIO())
 

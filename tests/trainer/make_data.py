@@ -26,8 +26,34 @@ AWKWARD = (
 )
 EMPTY = ("", "   \n\t ", "\u200b")
 
-NOUNS = ("shard", "token", "seed", "study", "ledger", "runner", "window", "matrix", "vector", "kernel", "record", "trial")
-VERBS = ("reads", "writes", "keeps", "scores", "moves", "splits", "joins", "counts", "trains", "checks", "stops", "starts")
+NOUNS = (
+    "shard",
+    "token",
+    "seed",
+    "study",
+    "ledger",
+    "runner",
+    "window",
+    "matrix",
+    "vector",
+    "kernel",
+    "record",
+    "trial",
+)
+VERBS = (
+    "reads",
+    "writes",
+    "keeps",
+    "scores",
+    "moves",
+    "splits",
+    "joins",
+    "counts",
+    "trains",
+    "checks",
+    "stops",
+    "starts",
+)
 
 
 def texts() -> list[str]:

@@ -17,7 +17,12 @@ from trainer.gptq import Quantized, quantize_matrix
 def file():
     torch.manual_seed(0)
     matrix, _ = quantize_matrix(torch.randn(48, 32), None, QuantConfig(method="rtn"))
-    tensors = {"matrix": matrix, "half": torch.randn(5, 3).half(), "vector": torch.randn(7), "scalar": torch.tensor(0.5)}
+    tensors = {
+        "matrix": matrix,
+        "half": torch.randn(5, 3).half(),
+        "vector": torch.randn(7),
+        "scalar": torch.tensor(0.5),
+    }
     return ModelFile({"config": {"model": {"width": 32}}, "recurrent": True}, tensors)
 
 
@@ -49,7 +54,10 @@ def test_the_same_tensors_give_the_same_bytes(file):
         (lambda raw: raw[:12] + b"[" + raw[13:], "damaged header"),
         (lambda raw: raw[:8] + struct.pack("<I", 2**31) + raw[12:], "damaged header"),
         (lambda raw: raw.replace(b'"q"', b'"z"', 1), "name, code or shape"),
-        (lambda raw: raw.replace(b'"half"', b'"scalar"', 1).replace(b"\x00", b"\x00", 1), "damaged header|describes|name"),
+        (
+            lambda raw: raw.replace(b'"half"', b'"scalar"', 1).replace(b"\x00", b"\x00", 1),
+            "damaged header|describes|name",
+        ),
     ],
 )
 def test_damage_is_named_and_nothing_else_comes_out(file, damage, message):
@@ -57,7 +65,9 @@ def test_damage_is_named_and_nothing_else_comes_out(file, damage, message):
         decode(damage(encode(file)), "model")
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"\xff" * 40, lambda c: c + b"more"])
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"\xff" * 40, lambda c: c + b"more"]
+)
 def test_a_damaged_stream_is_named(file, damage):
     with pytest.raises(ProtocolError, match="model: compressed content is"):
         load(damage(compress(encode(file), 5)), "model")
@@ -83,7 +93,9 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(tensors):
 @given(position=st.integers(0, 10**6), value=st.integers(0, 255))
 @settings(max_examples=300, deadline=None)
 def test_any_changed_byte_is_read_or_refused_in_our_own_words(position, value):
-    raw = bytearray(encode(ModelFile({"a": 1}, {"m": Quantized(torch.ones(2, 3, dtype=torch.int8), torch.ones(2).half())})))
+    raw = bytearray(
+        encode(ModelFile({"a": 1}, {"m": Quantized(torch.ones(2, 3, dtype=torch.int8), torch.ones(2).half())}))
+    )
     raw[position % len(raw)] = value
     try:
         assert decode(bytes(raw), "model").tensors

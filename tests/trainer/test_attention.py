@@ -80,7 +80,9 @@ def test_each_part_of_attention_can_be_off_and_changes_the_output(knob, value):
 
 def test_grouped_queries_share_the_right_key_and_value_heads():
     torch.manual_seed(0)
-    config = with_knobs(CONFIG, {"model.qk_norm": False, "model.qk_gain": 0.0, "model.rope_dims": 0, "model.xsa_layers": 0}).model
+    config = with_knobs(
+        CONFIG, {"model.qk_norm": False, "model.qk_gain": 0.0, "model.rope_dims": 0, "model.xsa_layers": 0}
+    ).model
     attention = Attention(config, layer=0)
     x = torch.randn(1, 6, config.width)
     q, k, v = (f(x).view(6, -1, config.head_dim) for f in (attention.query, attention.key, attention.value))

@@ -100,7 +100,9 @@ def test_a_missing_shard_is_named(folder: Path, split: str) -> None:
 def test_a_shard_of_another_size_is_named_with_both_sizes(folder: Path, change: int, state: str) -> None:
     path = DataDir(folder).shard(TRAIN, 0)
     os.truncate(path, path.stat().st_size + change)
-    with pytest.raises(DataError, match=f"{state}: {path.stat().st_size} bytes, .* tokens need {path.stat().st_size - change}"):
+    with pytest.raises(
+        DataError, match=f"{state}: {path.stat().st_size} bytes, .* tokens need {path.stat().st_size - change}"
+    ):
         open_(folder)
 
 
@@ -135,7 +137,9 @@ def test_a_file_that_is_no_tokenizer_is_refused(folder: Path) -> None:
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(folder: Path) -> None:
-    DataDir(folder).tokenizer.write_bytes(train(["other words " * 40 + chr(c) for c in range(300, 500)], vocab_size=VOCAB_SIZE))
+    DataDir(folder).tokenizer.write_bytes(
+        train(["other words " * 40 + chr(c) for c in range(300, 500)], vocab_size=VOCAB_SIZE)
+    )
     with pytest.raises(DataError, match="tokenizer.model: changed bytes"):
         open_(folder)
 
@@ -226,7 +230,11 @@ def test_a_space_after_a_document_start_costs_nothing_and_later_costs_one(
 
 def test_spaces_inside_a_piece_count_one_byte_each() -> None:
     model = train(
-        ["a  b   c"] * 50, vocab_size=275, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, hard_vocab_limit=False
+        ["a  b   c"] * 50,
+        vocab_size=275,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     assert counted(TokenBytes(tokenizer), tokenizer.encode("a  b   c")) == len("a  b   c")
@@ -288,14 +296,6 @@ def test_ranks_share_one_global_batch(prepared: Path) -> None:
         batch = whole.next(8)
         for rank, loader in enumerate(ranks):
             assert torch.equal(loader.next(8, rank, 4), batch[rank::4])
-
-
-def test_skipping_goes_on_where_reading_would(prepared: Path) -> None:
-    read, skipped = (TrainLoader(open_(prepared), sequence_length=LENGTH, seed=3) for _ in range(2))
-    for _ in range(7):
-        read.next(8)
-    skipped.skip(7, 8)
-    assert torch.equal(read.next(8), skipped.next(8))
 
 
 @settings(max_examples=60, deadline=None)

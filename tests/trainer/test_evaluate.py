@@ -48,7 +48,9 @@ def test_the_number_of_windows_is_the_published_one():
 def test_a_score_is_the_sum_over_every_target_once(tokens, chunk_tokens):
     stream, model = stream_of(tokens), Oracle()
     windows = plan_windows(stream.positions, length=8, stride=4)
-    score = evaluate(model, stream, windows, config=CONFIG, runtime=RUNTIME, recurrent=False, world=ALONE, chunk_tokens=chunk_tokens).score
+    score = evaluate(
+        model, stream, windows, config=CONFIG, runtime=RUNTIME, recurrent=False, world=ALONE, chunk_tokens=chunk_tokens
+    ).score
     assert score.tokens == tokens - 1
     assert score.bytes == sum(i % 3 for i in range(1, tokens))
     assert score.nats == pytest.approx(sum(range(1, tokens)) / 10)
@@ -78,7 +80,15 @@ def test_a_chunk_is_learned_from_only_after_it_was_scored_and_the_last_one_never
     recorder = Recorder(model)
     windows = plan_windows(stream.positions, length=8, stride=4)
     evaluate(
-        model, stream, windows, config=CONFIG, runtime=RUNTIME, recurrent=False, world=ALONE, chunk_tokens=16, adapter=recorder
+        model,
+        stream,
+        windows,
+        config=CONFIG,
+        runtime=RUNTIME,
+        recurrent=False,
+        world=ALONE,
+        chunk_tokens=16,
+        adapter=recorder,
     )
     assert recorder.learned == [(0, 16, 0, 4), (16, 32, 1, 4), (32, 48, 2, 4)]
     for (_, last, _, _), scored in zip(recorder.learned, recorder.scored_before, strict=True):

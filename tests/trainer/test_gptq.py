@@ -22,7 +22,9 @@ def correlated_inputs(columns=64, positions=4096, seed=0):
     """Inputs that share few directions, as a network's do, and a different scale for each column."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(8, columns, generator=generator)
-    inputs = torch.randn(positions, 8, generator=generator) @ mixing + 0.3 * torch.randn(positions, columns, generator=generator)
+    inputs = torch.randn(positions, 8, generator=generator) @ mixing + 0.3 * torch.randn(
+        positions, columns, generator=generator
+    )
     return inputs * torch.linspace(0.5, 2.0, columns)
 
 
@@ -113,7 +115,9 @@ def test_integers_stay_symmetric_and_in_range(bits):
 
 
 def test_a_row_of_zeros_survives():
-    quantized = Quantized(round_to_nearest(torch.zeros(2, 4), scales_for(torch.zeros(2), 6), 6), scales_for(torch.zeros(2), 6))
+    quantized = Quantized(
+        round_to_nearest(torch.zeros(2, 4), scales_for(torch.zeros(2), 6), 6), scales_for(torch.zeros(2), 6)
+    )
     assert torch.equal(quantized.dequantize(), torch.zeros(2, 4))
 
 
@@ -121,7 +125,9 @@ def test_a_table_rounds_to_half_a_step():
     table = weights(rows=50)
     quantized = quantize_table(table, QuantConfig())
     steps = quantized.scales_M.float()[:, None]
-    assert ((table - quantized.dequantize()).abs() <= 0.5 * steps + 0.01 * steps).all()  # float16 scales, 2^-11 of 127 steps
+    assert (
+        (table - quantized.dequantize()).abs() <= 0.5 * steps + 0.01 * steps
+    ).all()  # float16 scales, 2^-11 of 127 steps
 
 
 def test_second_moments_are_sums_over_all_inputs_of_a_module():

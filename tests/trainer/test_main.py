@@ -70,7 +70,9 @@ def test_a_second_run_of_one_spec_gives_the_same_curve_bit_for_bit(finished):
     assert metrics_of(again, "train_loss") == metrics_of(attempt, "train_loss")
     assert result_of(again).artifact_sha256 == result_of(attempt).artifact_sha256
     first, second = result_of(attempt).scores, result_of(again).scores
-    assert {stage: score.nats for stage, score in first.items()} == {stage: score.nats for stage, score in second.items()}
+    assert {stage: score.nats for stage, score in first.items()} == {
+        stage: score.nats for stage, score in second.items()
+    }
 
 
 def test_another_seed_differs_at_the_first_step(finished, tmp_path, data):
@@ -125,7 +127,11 @@ def test_two_processes_train_and_score_as_one_does(finished, tmp_path, data):
 
 def test_the_wall_clock_stops_training_in_time_with_calibration_inside(tmp_path, data):
     config = micro_config(
-        schedule__clock="time", schedule__steps=10**6, limits__train_seconds=4.0, limits__reserve_seconds=2.0, ttt__method="off"
+        schedule__clock="time",
+        schedule__steps=10**6,
+        limits__train_seconds=4.0,
+        limits__reserve_seconds=2.0,
+        ttt__method="off",
     )
     result = result_of(execute(plan(tmp_path, data, config)))
     assert result.status == protocol.COMPLETE

@@ -34,7 +34,12 @@ def test_pr1326_runs_the_published_layer_orders(pr1326):
 def test_pr1326_has_66_quantised_matrices_and_67_for_muon(pr1326):
     groups = parameter_groups(pr1326)
     assert len(list(pr1326.matrices())) == 66
-    assert {name: len(group) for name, group in groups.items()} == {"matrix": 67, "embedding": 2, "head": 0, "scalar": 49}
+    assert {name: len(group) for name, group in groups.items()} == {
+        "matrix": 67,
+        "embedding": 2,
+        "head": 0,
+        "scalar": 49,
+    }
 
 
 def test_every_parameter_is_in_exactly_one_group():

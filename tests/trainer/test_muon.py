@@ -66,7 +66,9 @@ def test_row_lengths_do_not_matter_with_row_normalisation_and_do_without():
     def update(g, row_normalize):
         return muon_update(g, torch.zeros_like(g), momentum=0.0, steps=5, row_normalize=row_normalize)
 
-    torch.testing.assert_close(update(grad, True), update(grad * scale, True), atol=0.02, rtol=0.05)  # bfloat16 rounding
+    torch.testing.assert_close(
+        update(grad, True), update(grad * scale, True), atol=0.02, rtol=0.05
+    )  # bfloat16 rounding
     assert not torch.allclose(update(grad, False), update(grad * scale, False), atol=0.05)
 
 

@@ -69,7 +69,9 @@ def test_the_tokens_decode_to_the_normalised_documents(prepared: Path) -> None:
     found = set()
     for name in (TRAIN, VALIDATION):
         tokens = np.concatenate(dataset.shards(name))
-        found |= {dataset.tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, np.flatnonzero(tokens == BOS)[1:])}
+        found |= {
+            dataset.tokenizer.decode(part[1:].tolist()) for part in np.split(tokens, np.flatnonzero(tokens == BOS)[1:])
+        }
     raw = [text.replace("▁", " ").replace("\0", " ") for text in texts()]
     assert found == {dataset.tokenizer.normalize(text).replace("▁", " ") for text in raw}
 
@@ -225,7 +227,9 @@ def test_long_phases_tell_how_far_they_are(corpus: Path, tmp_path: Path, monkeyp
 # ---- the command --------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prepares_and_tells_the_totals(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prepares_and_tells_the_totals(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["prepare", "--corpus", str(corpus), "--out", str(tmp_path / "d"), "--vocab-size", str(VOCAB_SIZE)]
     assert command.main([*arguments, "--val-frac", "0.2", "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)

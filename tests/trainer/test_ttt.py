@@ -108,4 +108,6 @@ def test_a_forward_path_that_lacks_a_part_is_caught(stream):
     plain, broken = random_model(), random_model()
     broken.skip_gates = None
     with pytest.raises(ParityError):
-        require_parity(score(plain, stream).first_chunk_loss, score(broken, stream, adapter_of(broken, stream)).first_chunk_loss)
+        require_parity(
+            score(plain, stream).first_chunk_loss, score(broken, stream, adapter_of(broken, stream)).first_chunk_loss
+        )
