@@ -14,7 +14,7 @@ from orchestrator.errors import CaddieError, ConfigError
 from orchestrator.home import Home
 from orchestrator.ledger import Arm, Ledger, StudyState, Trial
 from orchestrator.runs import PLANNED, RunStore
-from orchestrator.statistics import Difference, Summary, difference, summarize
+from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
 from orchestrator.study import Study, parse_study
 from trainer import protocol
 from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, AttemptDir, Result
@@ -78,6 +78,10 @@ class ArmEvidence:
     def values(self, stage: str) -> list[float]:
         """The stage's bits per byte on the seeds that have it."""
         return [value for value in (run.bpb(stage) for run in self.runs) if value is not None]
+
+    def by_seed(self, stage: str) -> dict[int, float]:
+        """The stage's bits per byte by seed, of the seeds that have it."""
+        return {run.seed: value for run in self.runs if (value := run.bpb(stage)) is not None}
 
     def summary(self, stage: str) -> Summary:
         return summarize(self.values(stage))
@@ -145,6 +149,14 @@ class Evidence:
         if best is None or preset is None:
             return None
         return difference(best.values(self.objective), preset.values(self.objective))
+
+    @property
+    def paired_improvement(self) -> PairedDifference | None:
+        """The same, seed by seed; None without both arms."""
+        best, preset = self.arm(BEST_ARM), self.arm(PRESET_ARM)
+        if best is None or preset is None:
+            return None
+        return paired_difference(best.by_seed(self.objective), preset.by_seed(self.objective))
 
     @property
     def gpu_seconds(self) -> float:

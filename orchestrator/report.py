@@ -12,7 +12,7 @@ from orchestrator.charts import charts
 from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Evidence, RunEvidence, gather, read_curves
 from orchestrator.home import Home, StudyDir
 from orchestrator.page import render_page
-from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference
+from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference, PairedDifference
 from orchestrator.tables import (
     STAGE_NAMES,
     as_markdown,
@@ -83,7 +83,8 @@ def claim(evidence: Evidence) -> str:
     improvement, stage = evidence.improvement, STAGE_NAMES[evidence.objective]
     best, preset = evidence.arm(BEST_ARM), evidence.arm(PRESET_ARM)
     if improvement is not None and best is not None and preset is not None and improvement.value is not None:
-        return _comparison(best, preset, evidence.objective, improvement)
+        comparison = _comparison(best, preset, evidence.objective, improvement)
+        return " ".join(filter(None, (comparison, _pairing(evidence.paired_improvement))))
     scored = [arm for arm in evidence.arms if arm.values(evidence.objective)]
     if scored and not evidence.trials:
         return " ".join(_mean_sentence(arm, evidence.objective) for arm in scored)
@@ -114,6 +115,20 @@ def _comparison(best: ArmEvidence, preset: ArmEvidence, stage: str, found: Diffe
         return f"{head} ({interval}): within noise, the interval contains zero."
     direction = "better" if found.high < 0 else "worse"
     return f"{head} ({interval}): {direction} than the preset, the interval excludes zero."
+
+
+def _pairing(paired: PairedDifference | None) -> str:
+    """The difference seed by seed, with the correlation that says what pairing is worth; empty where there is none."""
+    if paired is None or paired.correlation is None:
+        return ""
+    found = paired.difference
+    if found.low is None or found.high is None or found.p_one_sided is None:
+        return ""
+    return (
+        f"Paired by seed, since both arms ran on the same {paired.count} seeds and their scores correlate by "
+        f"{paired.correlation:.2f}: {signed(found.value)} ({CONFIDENCE:.0%} interval {signed(found.low)} to "
+        f"{signed(found.high)}, one-sided p = {found.p_one_sided:.2g})."
+    )
 
 
 def _mean_sentence(arm: ArmEvidence, stage: str) -> str:
@@ -185,6 +200,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "std_convention": STD_CONVENTION,
         "confidence": CONFIDENCE,
         "improvement": dataclasses.asdict(evidence.improvement) if evidence.improvement else None,
+        "paired_improvement": dataclasses.asdict(evidence.paired_improvement) if evidence.paired_improvement else None,
         "arms": [_arm_record(arm) for arm in evidence.arms],
         "trials": [
             {

@@ -7,7 +7,8 @@ assume equal spreads. Where a number is not defined (the spread of one seed) it 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy import special
@@ -57,6 +58,18 @@ class Difference:
     def contains_zero(self) -> bool | None:
         """Whether the interval contains zero; None where there is no interval."""
         return None if self.low is None or self.high is None else self.low <= 0.0 <= self.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Candidate minus baseline seed by seed, for two arms that ran on the same seeds."""
+
+    difference: Difference
+    correlation: float | None
+    """Of the two arms' values over the seeds: pairing helps where it is high. None where an arm has no spread."""
+
+    count: int
+    """Seeds that both arms have."""
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -114,6 +127,30 @@ def _welch(value: float, a: tuple[float, int], b: tuple[float, int]) -> Differen
         degrees_of_freedom=freedom,
         p_one_sided=float(special.stdtr(freedom, value / error)),
     )
+
+
+def paired_difference(candidate: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference:
+    """Candidate minus baseline over the seeds that both have (values by seed), with the t interval of the mean of pairs.
+
+    Only arms that share what a seed decides (initialisation, order of the data) pair up; a published record's do not.
+    With fewer than two pairs, or pairs that all differ by the same, only the difference itself is returned.
+    """
+    seeds = [seed for seed in candidate if seed in baseline]
+    pairs = summarize([candidate[seed] - baseline[seed] for seed in seeds])
+    correlation = _correlation([candidate[seed] for seed in seeds], [baseline[seed] for seed in seeds])
+    if pairs.mean is None or not pairs.std:
+        return PairedDifference(difference=_without_interval(pairs.mean), correlation=correlation, count=pairs.count)
+    freedom, error = pairs.count - 1, pairs.std / math.sqrt(pairs.count)
+    found = Difference(
+        value=pairs.mean, low=pairs.low, high=pairs.high, degrees_of_freedom=float(freedom),
+        p_one_sided=float(special.stdtr(freedom, pairs.mean / error)),
+    )  # fmt: skip
+    return PairedDifference(difference=found, correlation=correlation, count=pairs.count)
+
+
+def _correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Pearson's correlation; None below two values or without spread."""
+    return statistics.correlation(a, b) if len(a) > 1 and sample_std(a) and sample_std(b) else None
 
 
 def _without_interval(value: float | None) -> Difference:

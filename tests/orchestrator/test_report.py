@@ -115,7 +115,15 @@ def test_the_claim_gives_difference_interval_and_says_within_noise(finished):
     assert f"a difference of {expected.value:+.5f}".replace("-", "−") in report.claim
     assert "95% Welch interval" in report.claim
     assert "3 and 3 seeds" in report.claim
-    assert report.claim.endswith("within noise, the interval contains zero.")
+    assert "within noise, the interval contains zero." in report.claim
+
+
+def test_the_claim_also_pairs_the_seeds_and_shows_their_correlation(finished):
+    _, report = finished
+    paired = report.evidence.paired_improvement
+    shown = f"{paired.difference.value:+.5f}".replace("-", "−")
+    assert f"correlate by {paired.correlation:.2f}: {shown}" in report.claim
+    assert json.loads(report.data.read_text())["paired_improvement"]["correlation"] == paired.correlation
 
 
 @pytest.mark.parametrize(("shift", "word"), [(-0.5, "better"), (0.5, "worse")])

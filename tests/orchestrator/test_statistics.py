@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from orchestrator.statistics import difference, mean, sample_std, summarize
+from orchestrator.statistics import difference, mean, paired_difference, sample_std, summarize
 
 BPB = st.floats(0.5, 4.0)
 
@@ -78,3 +78,28 @@ def test_no_difference_is_ever_nan(candidate, baseline):
 def test_a_value_that_is_not_finite_is_refused_with_the_values(bad):
     with pytest.raises(ValueError, match="finite values"):
         summarize([1.0, bad])
+
+
+def test_pairs_by_seed_are_the_published_paired_t_test():
+    """PR #1326: sliding against TTT on three rounded seeds, t = -11.5, one-sided p = 0.004; unpaired 0.19."""
+    sliding = {42: 1.0896, 314: 1.0915, 999: 1.0901}
+    ttt = {42: 1.0889, 314: 1.0906, 999: 1.0894}
+    paired = paired_difference(ttt, sliding)
+    assert paired.count == 3
+    assert paired.difference.p_one_sided == pytest.approx(0.004, abs=0.0005)
+    assert paired.difference.value == pytest.approx(-0.000767, abs=1e-6)
+    assert paired.correlation is not None
+    assert paired.correlation > 0.99
+    assert difference(list(ttt.values()), list(sliding.values())).p_one_sided == pytest.approx(0.19, abs=0.005)
+
+
+def test_pairs_need_seeds_that_both_arms_have_and_some_spread():
+    assert paired_difference({1: 1.0}, {2: 1.0}).difference.value is None
+    alone = paired_difference({1: 1.0, 2: 5.0}, {1: 1.5, 3: 9.0})
+    assert (alone.count, alone.difference.value, alone.difference.low, alone.correlation) == (1, -0.5, None, None)
+    parallel = paired_difference({1: 1.0, 2: 2.0}, {1: 1.5, 2: 2.5})
+    assert (parallel.difference.value, parallel.difference.low, parallel.correlation) == (
+        -0.5,
+        None,
+        pytest.approx(1.0),
+    )
