@@ -191,20 +191,27 @@ def _scored(evidence: Evidence) -> list[RunEvidence]:
     return [run for run in evidence.runs if run.result is not None and run.result.scores]
 
 
+def parity(run: RunEvidence) -> str:
+    """How far the two scoring paths are apart before anything is adapted."""
+    found = run.result.parity_nats if run.result else None
+    return ABSENT if found is None else f"{found:.1e}"
+
+
 def stages_table(evidence: Evidence) -> Table:
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
             run.owner, str(run.seed), *(bpb(run.bpb(stage)) for stage in protocol.STAGES),
-            signed(run.quantization_gap), signed(run.ttt_gain), Link(run.source),
+            signed(run.quantization_gap), signed(run.ttt_gain), parity(run), Link(run.source),
         )
         for run in _scored(evidence)
     )  # fmt: skip
     return Table(
         title="Stages",
-        columns=("Run of", "Seed", *STAGE_NAMES.values(), "Quantisation gap", "TTT gain", "Source"),
+        columns=("Run of", "Seed", *STAGE_NAMES.values(), "Quantisation gap", "TTT gain", "Parity", "Source"),
         rows=rows,
         note="Quantisation gap: round trip − post-EMA, what the stored model loses. TTT gain: sliding − TTT. "
-        "Each score is scores.<stage>.bpb of its source.",
+        "Parity: the first TTT chunk before any update − the sliding score of the same tokens, in nats per token; the "
+        "trainer fails a run whose two paths differ. Each score is scores.<stage>.bpb of its source.",
     )
 
 
