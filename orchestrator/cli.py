@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator import __version__, datasets
 from orchestrator.errors import CaddieError, ConfigError, DataError
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 RECORD_SEEDS = "42,314,999"  # the challenge's usual three
 UI_HOST, UI_PORT = "127.0.0.1", 5000
+USAGE = 2  # as argparse has it
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal, as shells have it
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
 
@@ -66,7 +70,8 @@ def data_verify(arguments: argparse.Namespace, home: Home) -> int:
     else:
         for problem in problems:
             print(f"problem: {problem}", file=sys.stderr)
-        print(f"{root}: {f'{len(problems)} problems' if problems else 'sound'}")
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        print(f"{root}: {count if problems else 'sound'}")
     return DataError.exit_code if problems else 0
 
 
@@ -110,14 +115,14 @@ def study_status(arguments: argparse.Namespace, home: Home) -> int:
 def study_list(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import oversight
 
-    found = oversight.statuses(home)
+    found, problems = oversight.statuses(home)
     if arguments.json:
         show_json([dataclasses.asdict(status) for status in found])
-    elif not found:
-        print(f"no studies under {home.studies}", file=sys.stderr)
-    else:
+    elif found:
         print("\n".join(map(oversight.as_line, found)))
-    return 0
+    elif not problems:
+        print(f"no studies under {home.studies}", file=sys.stderr)
+    return max(map(fail, problems), default=0)
 
 
 def study_stop(arguments: argparse.Namespace, home: Home) -> int:
@@ -162,6 +167,7 @@ def ui(arguments: argparse.Namespace, home: Home) -> int:
 def track(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import tracking
 
+    home.require_writable()
     warn(tracking.rebuild(home) if arguments.rebuild else tracking.sync_all(home))
     print(home.mlflow_database)
     return 0
@@ -234,11 +240,24 @@ def show_report(written: Report, home: Home) -> int:
     print(render_text(written))
     print()
     print(f"report   {written.page}")
-    print(f"MLflow   caddie --home {home.root} ui")
+    print(f"MLflow   caddie --home {shlex.quote(str(home.root))} ui")
     return 0
 
 
 # ---- the parser --------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a usage error as every other error is told, with the nearest name or the command's help as its remedy."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)|unrecognized arguments: (\S+)", message)
+        word = (unknown[1] or unknown[3] or "") if unknown else ""
+        known = re.findall(r"[\w-]+", unknown[2]) if unknown and unknown[2] else list(self._option_string_actions)
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"{self.prog} --help"
+        print(f"error: {self.prog}: {message}\nhint: {remedy}", file=sys.stderr)
+        self.exit(USAGE)
 
 
 class Adder:
@@ -253,12 +272,15 @@ class Adder:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         if call is not None:
-            parser.set_defaults(call=call)
+            parser.set_defaults(call=call, parser=parser)
+            parser.add_argument(
+                "--home", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )  # in either place
         return parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="caddie",
         description="Sweeps and record attempts for budgeted language-model training.",
         epilog="example:\n  caddie demo\n  caddie study run studies/wd-qk-ttt-smoke.toml",
@@ -391,7 +413,9 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; see `trainer.errors` and `orchestrator.errors`."""
-    arguments = make_parser().parse_args(argv)
+    arguments, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         home = Home(arguments.home.expanduser().resolve()) if arguments.home else default_home()
         code: int = arguments.call(arguments, home)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import trainer
 from orchestrator.errors import CaddieError, ConfigError, DataError, MachineError, ProtocolError, StorageError
 from orchestrator.home import Home
-from trainer.protocol import DataDir, Manifest, read_manifest, sha256_of
+from trainer.protocol import VALIDATION, DataDir, Manifest, Shard, Split, read_manifest, sha256_of
 
 PYDOC = "pydoc"
 """The data set that every machine can make: the documentation that CPython carries."""
@@ -45,7 +46,22 @@ def manifest_of(data_dir: Path) -> PreparedData:
     path = DataDir(data_dir).manifest
     if not path.is_file():
         raise DataError(f"{data_dir}: there is no data set", hint="caddie data prepare makes one")
-    return PreparedData(root=data_dir, manifest=read_manifest(path), manifest_sha256=sha256_of(path))
+    manifest = read_manifest(path)
+    for split in manifest.splits.values():
+        for record in (manifest, split, *split.shards):
+            _require_types(record, path)
+    return PreparedData(root=data_dir, manifest=manifest, manifest_sha256=sha256_of(path))
+
+
+def _require_types(record: Manifest | Split | Shard, path: Path) -> None:
+    """Raise ProtocolError where a number or a text of the manifest is something else."""
+    for name, hint in typing.get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if hint in (int, str) and type(value) is not hint:
+            raise ProtocolError(
+                f"{path}: {type(record).__name__.lower()} {name} must be of type {hint.__name__}, got {value!r}",
+                hint="the file is damaged: put the data set back, or prepare it again",
+            )
 
 
 def names(home: Home) -> list[str]:
@@ -72,6 +88,47 @@ def require_vocabulary(data: PreparedData, vocab_size: int) -> None:
         raise ConfigError(
             f"model.vocab_size is {vocab_size}, the data set {data.root} has {data.vocab_size} pieces",
             hint=f"take another data set, or set model.vocab_size to {data.vocab_size}",
+        )
+
+
+def damage(data: PreparedData) -> str | None:
+    """The first of the data set's files that is not what the manifest says, in words; None where all are.
+
+    Sizes, and the content of what every run reads whole. The content of the training shards is left to `verify`.
+    """
+    for name, split in data.manifest.splits.items():
+        for shard in split.shards:
+            problem = _damage_of_shard(data.root / shard.file, shard, is_hashed=name == VALIDATION)
+            if problem is not None:
+                return problem
+    path = data.root / data.manifest.tokenizer
+    if not path.is_file():
+        return f"{path}: the tokenizer is missing"
+    if sha256_of(path) != data.manifest.tokenizer_sha256:
+        return f"{path}: changed bytes: its sha256 is not the manifest's"
+    return None
+
+
+def _damage_of_shard(path: Path, shard: Shard, *, is_hashed: bool) -> str | None:
+    if not path.is_file():
+        return f"{path}: the shard is missing"
+    size = path.stat().st_size
+    if size != shard.bytes:
+        state = "truncated" if size < shard.bytes else "too long"
+        return f"{path}: the shard is {state}: {size:,} bytes, the manifest says {shard.bytes:,}"
+    if is_hashed and sha256_of(path) != shard.sha256:
+        return f"{path}: changed bytes: its sha256 is not the manifest's"
+    return None
+
+
+def require_sound(data: PreparedData) -> None:
+    """Raise DataError where a file of the data set is missing, truncated or changed."""
+    problem = damage(data)
+    if problem is not None:
+        raise DataError(
+            problem,
+            hint=f"put the file back, or move {data.root} away and prepare the data set again; "
+            "caddie data verify tells all that is wrong",
         )
 
 

@@ -239,7 +239,7 @@ def cores_and_memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:
 
 
 def data_sets(home: Home) -> list[Finding]:
-    """Each data set's manifest, and whether its shards are there; `data verify` reads them whole."""
+    """Each data set's manifest, and whether its files are there; `data verify` reads them whole."""
     names = datasets.names(home)
     if not names:
         remedy = f"caddie data prepare --corpus {datasets.PYDOC} --out {datasets.PYDOC}, or caddie demo"
@@ -253,18 +253,9 @@ def data_set(home: Home, name: str) -> Finding:
         found = datasets.find(home, name)
     except CaddieError as error:
         return Finding(name=place, status=WARN, found=str(error), remedy=error.hint or f"caddie data verify {name}")
-    for split in found.manifest.splits.values():
-        for shard in split.shards:
-            path = root / shard.file
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard.bytes:
-                seen = "is not there" if size is None else f"has {size:,} bytes, the manifest says {shard.bytes:,}"
-                return Finding(
-                    name=place,
-                    status=WARN,
-                    found=f"{path} {seen}",
-                    remedy=f"move {root} away and run caddie data prepare",
-                )
+    problem = datasets.damage(found)
+    if problem is not None:
+        return Finding(name=place, status=WARN, found=problem, remedy=f"move {root} away and run caddie data prepare")
     tokens = sum(split.tokens for split in found.manifest.splits.values())
     return Finding(name=place, status=OK, found=f"{tokens:,} tokens, vocabulary {found.vocab_size:,}")
 

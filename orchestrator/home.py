@@ -98,7 +98,8 @@ class Home:
 
     def study_names(self) -> list[str]:
         """Every study that has a ledger."""
-        return sorted(path.parent.name for path in self.studies.glob(f"*/{self.study('').ledger.name}"))
+        ledgers = self.studies.glob(f"*/{self.study('').ledger.name}")
+        return sorted(path.parent.name for path in ledgers if path.stat().st_size)
 
     def dataset(self, name_or_path: str) -> Path:
         """The folder of a data set: a name under `data/`, or a path as it stands."""
@@ -106,6 +107,12 @@ class Home:
 
     def require_writable(self) -> None:
         """Raise StorageError where a file cannot be made, before anything is submitted."""
+        for path in (self.root, *self.root.parents):
+            if path.exists() and not path.is_dir():
+                raise StorageError(
+                    f"{path}: CADDIE_HOME must be a directory, this is a file",
+                    hint="set CADDIE_HOME to a directory of your own, or move the file away",
+                )
         probe = self.root / f".probe-{os.getpid()}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ the job's tag in their environment.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shlex
 import shutil
@@ -30,6 +31,8 @@ JOB_TAG = "CADDIE_JOB_TAG"
 
 OUTER_MARGIN_MINUTES = 5.0
 """submitit's own limit lies this much beyond the worker's, which ends the trainer in order."""
+
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 # Ctrl-C, Ctrl-\, Ctrl-Z and a closing terminal reach every process of the controller's group; they are not for the jobs.
 IGNORE_TERMINAL = "trap '' INT QUIT TSTP HUP"
@@ -54,7 +57,10 @@ class LocalLauncher:
     """Children of this process, whichever launcher started them, kept until they have ended and been reaped."""
 
     def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
-        """Start an attempt and return the job's id. Raises MachineError where the machine takes no more processes."""
+        """Start an attempt and return the job's id.
+
+        Raises StorageError where its files cannot be written, MachineError where the machine takes no more processes.
+        """
         files = run.attempt(attempt)
         shutil.rmtree(files.scheduler, ignore_errors=True)  # of a submission that a killed controller did not finish
         try:
@@ -69,9 +75,11 @@ class LocalLauncher:
                 worker.run_attempt, str(run.root), attempt, resources.processes, gpus, resources.timeout_seconds
             )
         except OSError as error:
+            if error.errno in STORAGE_ERRORS:
+                raise protocol.storage_error(error, files.scheduler) from error
             raise MachineError(
                 f"{files.root}: the job could not be started: {error.strerror or error}",
-                hint="free memory, processes or disk on this machine, then give the same command again",
+                hint="free memory or processes on this machine, then give the same command again",
             ) from error
         self.jobs.append(job)
         record = JobRecord(job_id=str(job.job_id), tag=tag, submitted=time.time(), resources=resources)

@@ -15,20 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ProtocolError
-from trainer.protocol import append_line, read_lines, storage_error
+from trainer.protocol import DISK, RETRYABLE, STOPPED, append_line, read_lines, storage_error
 
 # Kinds of record. Each record carries `kind` and `time` (unix seconds).
 OPENED = "opened"  # source (the study file's text), digest, identity {what: hash}, caddie (version)
-TRIAL_ASKED = "trial_asked"  # trial, origin ("preset" | "sampler"), params {knob: value}, runs {seed: run_id}
-TRIAL_TOLD = "trial_told"  # trial, state, value, constraints {name: value}, intermediate {step: value}, reason
-ARM_ASKED = "arm_asked"  # arm ("preset" | "best"), trial, params, runs {seed: run_id}
+TRIAL_ASKED = "trial_asked"  # trial, origin, params {knob: value}, runs {seed: run_id}
+TRIAL_TOLD = "trial_told"  # trial, state, value, constraints {name: value}, intermediate {per mille: value}, reason
+ARM_ASKED = "arm_asked"  # arm, trial, params, runs {seed: run_id}
 SUBMITTING = "submitting"  # run_id, attempt, tag, resources: the intention, before the scheduler hears of it
 SUBMITTED = "submitted"  # run_id, attempt, job_id
 ENDED = "ended"  # run_id, attempt, status, failure (kind or null), seconds, gpus
 STOP_ASKED = "stop_asked"  # run_id, attempt, reason
-CLOSED = "closed"  # reason: "finished" | "stopped" | "failed"
+CLOSED = "closed"  # reason
 
-RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"
+RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"  # state of a trial
+BY_PRESET, BY_SAMPLER = "preset", "sampler"  # origin of a trial
+PRESET_ARM, BEST_ARM = "preset", "best"  # arm
+MEDIAN, CANCELLED = "median", "cancelled"  # reason for which an attempt is stopped
+FINISHED, HALTED, BROKEN = "finished", "stopped", "failed"  # reason for which a study is closed
+
+WANTED, ACTIVE, SETTLED = "wanted", "active", "settled"  # a run needs an attempt, has one, needs no more
 
 
 @dataclass(kw_only=True)
@@ -49,7 +55,7 @@ class Trial:
     """Feasible where every value is at most 0."""
 
     intermediate: dict[int, float] = field(default_factory=dict)
-    """Training loss by step, as the pruner saw it."""
+    """Training loss by the per mille of the schedule at which trials are compared."""
 
     reason: str = ""
     """Why it failed or was stopped."""
@@ -61,7 +67,7 @@ class Trial:
 
 @dataclass(kw_only=True)
 class Arm:
-    """A configuration that is confirmed on several seeds: `preset` or `best`."""
+    """A configuration that is confirmed on several seeds: the unchanged preset, or the best point."""
 
     name: str
     trial: int
@@ -116,6 +122,28 @@ class StudyState:
 
     def attempts_of(self, run_id: str) -> list[Attempt]:
         return [attempt for attempt in self.attempts.values() if attempt.run_id == run_id]
+
+    @property
+    def open_attempts(self) -> list[Attempt]:
+        """Those that have not been seen to end."""
+        return [attempt for attempt in self.attempts.values() if attempt.status is None]
+
+    def standing(self, run_id: str, *, max_attempts: int) -> str:
+        """WANTED, ACTIVE or SETTLED.
+
+        What was cancelled, or found the disk full, is wanted again however often; what the machine failed,
+        `max_attempts` times.
+        """
+        attempts = self.attempts_of(run_id)
+        if not attempts:
+            return WANTED
+        last = attempts[-1]
+        if last.status is None:
+            return ACTIVE
+        if last.failure == DISK or (last.status == STOPPED and last.stop_reason == CANCELLED):
+            return WANTED
+        lost = sum(attempt.failure in RETRYABLE for attempt in attempts)
+        return WANTED if last.failure in RETRYABLE and lost < max_attempts else SETTLED
 
     @property
     def gpu_seconds(self) -> float:
@@ -207,3 +235,25 @@ class Ledger:
                 os.truncate(self.path, whole)
             except OSError as error:
                 raise storage_error(error, self.path) from error
+
+
+class OpenLedger(Ledger):
+    """A ledger in the hands of the controller that holds the study's lock, with the state that it has come to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.now = StudyState()
+        """The state after the last decision."""
+
+        self.decisions = 0
+        """Number of those made since it was opened."""
+
+    def open(self) -> None:
+        """Take up where the file ends; raises ProtocolError, StorageError."""
+        self.drop_torn_line()
+        self.now = self.state()
+
+    def decide(self, kind: str, **fields: Any) -> None:
+        """Decide: first on disk, then in the state. Raises StorageError; what is not on disk has not been decided."""
+        apply(self.now, self.append(kind, **fields))
+        self.decisions += 1

@@ -31,9 +31,7 @@ def held(path: Path) -> Iterator[None]:
                 f"{path.parent.name}: {_name_of_holder(file)} works on this study",
                 hint="wait for it, or stop it with: caddie study stop " + path.parent.name,
             ) from error
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": platform.node()}))
-        file.flush()
+        _write_name(file, path)
         yield
 
 
@@ -48,6 +46,15 @@ def holder(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     return None
+
+
+def _write_name(file: TextIO, path: Path) -> None:
+    """Say who holds the lock; by one write past the file's buffer, which would try again on a full disk when it closes."""
+    try:
+        file.truncate(0)
+        os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": platform.node()}).encode())
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 def _name_of_holder(file: TextIO) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator import ledger, lock, sweep
-from orchestrator.errors import StudyBusy
+from orchestrator.errors import CaddieError, StudyBusy
 from orchestrator.evidence import read_study, study_names
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
@@ -39,9 +39,16 @@ class StudyStatus:
     gpu_seconds: float
 
 
-def statuses(home: Home) -> list[StudyStatus]:
-    """Where each study stands, by name; raises ProtocolError."""
-    return [status(home, name) for name in study_names(home)]
+def statuses(home: Home) -> tuple[list[StudyStatus], list[CaddieError]]:
+    """Where each study stands, by name, and why some cannot be read."""
+    found: list[StudyStatus] = []
+    problems: list[CaddieError] = []
+    for name in study_names(home):
+        try:
+            found.append(status(home, name))
+        except CaddieError as error:
+            problems.append(error)
+    return found, problems
 
 
 def status(home: Home, name: str) -> StudyStatus:
@@ -120,6 +127,6 @@ def _stop_left_jobs(home: Home, name: str, *, cancel: bool) -> str:
     if not cancel:
         return f"{name}: no controller works on it; {len(running)} jobs end by themselves, --cancel stops them now"
     for attempt in running:
-        journal.append(ledger.STOP_ASKED, run_id=attempt.run_id, attempt=attempt.number, reason=sweep.CANCELLED)
+        journal.append(ledger.STOP_ASKED, run_id=attempt.run_id, attempt=attempt.number, reason=ledger.CANCELLED)
         write_bytes_atomically(home.run(attempt.run_id).attempt(attempt.number).stop, b"")
     return f"{name}: no controller works on it; asked {len(running)} jobs to stop"

@@ -1,4 +1,4 @@
-"""What is checked before anything is submitted: the data set, its vocabulary, the home, the disk."""
+"""What is checked before anything is submitted: the data set, its files and vocabulary, the home, the disk."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def check(study: Study, home: Home) -> PreparedData:
     """
     home.require_writable()
     data = datasets.find(home, study.data)
+    datasets.require_sound(data)
     datasets.require_vocabulary(data, study.config.model.vocab_size)
     require_disk(study, home)
     return data

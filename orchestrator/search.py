@@ -171,12 +171,6 @@ def _propose_of_sequence(study: Study, space: dict[str, BaseDistribution], posit
 # ---------------------------------------------------------------------------------------------------- stopping
 
 
-def reached(trial: Trial, step: int, before: float) -> float | None:
-    """The trial's first value from `step` on and before step `before`: its value at that checkpoint."""
-    steps = [reported for reported in trial.intermediate if step <= reported < before]
-    return trial.intermediate[min(steps)] if steps else None
-
-
 def is_worse_than_median(value: float, others: list[float], *, startup_trials: int) -> bool:
     """The median rule: stop what is above the median of the finished others, once there are enough of them."""
     if not math.isfinite(value):
@@ -247,22 +241,14 @@ class Search:
         self.trials[trial.number] = trial
         self._journal.add_trial(frozen(trial, self.space))
 
-    def should_stop(self, number: int, step: int, value: float) -> bool:
-        """Whether the running trial is worse at a checkpoint than the median of the complete trials at theirs.
-
-        The value counts once: an attempt that goes through the same steps again changes nothing.
-        """
+    def should_stop(self, number: int, per_mille: int, loss: float) -> bool:
+        """Whether the running trial's training loss is worse than the median of the complete trials' at the same point."""
         plan = self.study.stop_early
         if plan is None or number == 0:
             return False
-        steps = plan.steps(self.study.config.schedule.steps)
-        own = max((due for due in steps if due <= step), default=None)
-        if own is None:
-            return False
-        before = next((due for due in steps if due > own), math.inf)
         done = [trial for trial in self.trials.values() if trial.state == ledger.COMPLETE]
-        others = [found for trial in done if (found := reached(trial, own, before)) is not None]
-        return is_worse_than_median(value, others, startup_trials=plan.startup_trials)
+        others = [trial.intermediate[per_mille] for trial in done if per_mille in trial.intermediate]
+        return is_worse_than_median(loss, others, startup_trials=plan.startup_trials)
 
     def tell(self, trial: Trial) -> None:
         """Note how a trial ended, as the ledger has it."""
@@ -271,8 +257,8 @@ class Search:
             return
         # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
         view = optuna.trial.Trial(self._journal, self._journal.trials[trial.number]._trial_id)
-        for step, value in sorted(trial.intermediate.items()):
-            view.report(value, step)
+        for per_mille, loss in sorted(trial.intermediate.items()):
+            view.report(loss, per_mille)
         view.set_user_attr(REASON, trial.reason)
         state = OPTUNA_STATES[trial.state]
         if state is not TrialState.COMPLETE:

@@ -24,6 +24,7 @@ T = TypeVar("T")
 # Without "cmaes": its state lies in Optuna's storage alone, and would not survive the controller.
 SAMPLERS = ("tpe", "random", "qmc", "gp")
 LAUNCHERS = ("local",)
+MAX_SEED = 2**63 - 1  # what torch and numpy both take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,18 @@ class SearchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StopEarlyPlan:
-    """When a running trial is given up: its training loss at a fraction of the steps is above the median of the others'."""
+    """When a running trial is given up: its training loss at a part of its schedule is above the median of the others'."""
 
     at_fracs: tuple[float, ...] = (0.5,)
-    """Fractions of schedule.steps at which the trial is compared."""
+    """Fractions of the schedule at which the trial is compared: of its steps, or of its seconds, by schedule.clock."""
 
     startup_trials: int = 4
     """Finished trials before any is stopped."""
 
-    def steps(self, total: int) -> list[int]:
-        """The steps, rising, from which on a run of `total` steps is compared."""
-        return sorted({math.ceil(frac * total) for frac in self.at_fracs})
+    @property
+    def per_milles(self) -> tuple[int, ...]:
+        """The same, rising and in thousandths: whole numbers name the points in the ledger and in Optuna."""
+        return tuple(sorted({round(1000 * frac) for frac in self.at_fracs}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,7 @@ class Study:
                 f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased"
             )
         if self.confirm and len(self.confirm.seeds) < 3:
-            found.append(f"{len(self.confirm.seeds)} confirmation seeds: a record needs three")
+            found.append(f"confirmation on {len(self.confirm.seeds)} of the three seeds that a record needs")
         return found
 
 
@@ -166,6 +168,8 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise ConfigError(f"{place} must be of type {hint.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{place} must be finite, got {value!r}")
     return value
 
 
@@ -194,6 +198,9 @@ def _check(study: Study) -> None:
             raise ConfigError(f"{place} must be one of {', '.join(known)}, got {value!r}", hint=nearest(value, known))
     if search.objective == TTT and study.config.ttt.method == "off":
         raise ConfigError('[search] objective is "ttt", but ttt.method is "off"', hint='take objective = "sliding"')
+    for place, seeds in (("[search]", search.seeds), ("[confirm]", study.confirm.seeds if study.confirm else ())):
+        for seed in seeds:
+            _require(0 <= seed <= MAX_SEED, f"{place} seeds must lie between 0 and {MAX_SEED}", seed)
     if study.stop_early:
         _require(
             study.stop_early.startup_trials >= 1,
@@ -201,7 +208,7 @@ def _check(study: Study) -> None:
             study.stop_early.startup_trials,
         )
         for frac in study.stop_early.at_fracs:
-            _require(0 < frac < 1, "[stop_early] at_fracs must lie between 0 and 1", frac)
+            _require(0.001 <= frac <= 0.999, "[stop_early] at_fracs must lie between 0.001 and 0.999", frac)
     for name, low in (("slots", 1), ("gpus_per_run", 0), ("processes_per_run", 1), ("max_attempts", 1)):
         _require(
             getattr(resources, name) >= low, f"[resources] {name} must be at least {low}", getattr(resources, name)
@@ -211,12 +218,12 @@ def _check(study: Study) -> None:
 
 def load_preset(name: str) -> Config:
     """The configuration of a preset: a shipped name, or the path of a TOML file. Raises ConfigError with its place."""
-    shipped = SHIPPED_STUDIES / "presets" / f"{name}.toml"
-    path = Path(name) if name.endswith(".toml") else shipped
+    presets = SHIPPED_STUDIES / "presets"
+    path = Path(name) if name.endswith(".toml") else presets / f"{name}.toml"
     if not path.is_file():
-        known = sorted(p.stem for p in shipped.parent.glob("*.toml"))
-        raise ConfigError(f"there is no preset {name!r}", hint=nearest(name, known))
-    return _at(path, lambda: from_mapping(_parse_toml(path.read_text(encoding="utf-8"))))
+        known = sorted(p.stem for p in presets.glob("*.toml"))
+        raise ConfigError(f"there is no preset {name!r}", hint=nearest(Path(name).stem, known))
+    return _at(path, lambda: from_mapping(_parse_toml(_text_of(path))))
 
 
 def parse_study(text: str) -> Study:
@@ -228,7 +235,8 @@ def parse_study(text: str) -> Study:
             raise ConfigError(f"a study has no key {key!r}", hint=nearest(key, known))
     for key in ("name", "question", "preset", "data"):
         if not isinstance(tables.get(key), str) or not tables[key]:
-            raise ConfigError(f'a study needs {key} = "...", got {tables.get(key)!r}')
+            got = f", got {tables[key]!r}" if key in tables else ""
+            raise ConfigError(f'a study needs {key} = "..."{got}')
     is_record = "confirm" in tables and not {"space", "search", "stop_early"} & set(tables)
     for key in () if is_record else ("space", "search"):
         if not isinstance(tables.get(key), Mapping) or not tables[key]:
@@ -294,8 +302,19 @@ def load_study(path: Path) -> Study:
         if shipped.is_file():
             path = shipped
         else:
-            raise ConfigError(f"{path}: there is no such study file", hint=nearest(path.stem, known))
-    return _at(path, lambda: parse_study(path.read_text(encoding="utf-8")))
+            fault = "is a folder, not a study file" if path.is_dir() else "there is no such study file"
+            raise ConfigError(f"{path}: {fault}", hint=nearest(path.stem, known))
+    return _at(path, lambda: parse_study(_text_of(path)))
+
+
+def _text_of(path: Path) -> str:
+    """A file's text; raises ConfigError where it has none. Some editors put a byte-order mark before it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}", hint="save the file as UTF-8"
+        ) from error
 
 
 def _parse_toml(text: str) -> dict[str, Any]:
@@ -311,5 +330,5 @@ def _at(path: Path, read: Callable[[], T]) -> T:
         return read()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}", hint=error.hint) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error

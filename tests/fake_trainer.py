@@ -68,7 +68,8 @@ def main() -> None:
     bpb = bits_per_byte(spec.config, spec.seed)
     steps = 4
     for step in range(1, steps + 1):
-        events.metrics(step * spec.config["schedule"]["steps"] // steps, step * 0.01, train_loss=bpb * 2)
+        whole_steps = step * spec.config["schedule"]["steps"] // steps
+        events.metrics(whole_steps, step * 0.01, train_loss=bpb * 2, elapsed_frac=step / steps)
         until = time.monotonic() + plan.get("step_seconds", 0.0)
         while time.monotonic() < until and not STOPPING:
             time.sleep(0.01)

@@ -56,6 +56,8 @@ def _check_range(value: Any, rule: Mapping[str, Any], place: str) -> None:
             f"{place} must be one of {', '.join(rule['choices'])}, got {value!r}", hint=nearest(value, rule["choices"])
         )
     low, high, above = rule.get("low"), rule.get("high"), rule.get("above")
+    if value == () and rule:
+        raise ConfigError(f"{place} must not be empty")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigError(f"{place} must be finite, got {number!r}")

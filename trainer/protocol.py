@@ -39,6 +39,7 @@ START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpo
 
 # Names of values in a metric event that the control plane reads.
 TRAIN_LOSS = "train_loss"
+ELAPSED_FRAC = "elapsed_frac"  # part of the run's own schedule, by its own clock, that is used up after the step
 
 # Status of a result.
 COMPLETE, FAILED, STOPPED = "complete", "failed", "stopped"
@@ -132,7 +133,8 @@ class RunDir:
         folder = self.root / "attempts"
         if not folder.is_dir():
             return []
-        return [AttemptDir(path) for path in sorted(folder.iterdir(), key=lambda path: int(path.name))]
+        numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())  # others were moved away
+        return [self.attempt(number) for number in numbers]
 
 
 # Splits of a data set.
@@ -386,11 +388,10 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any
             yield offset, record
 
 
-def metric_of(event: Mapping[str, Any], name: str) -> tuple[int, float] | None:
-    """(step, value) of one named value, where the event is a metric that has it."""
-    if event.get("kind") != METRIC or name not in event.get("values", {}):
-        return None
-    return int(event["step"]), float(event["values"][name])
+def values_of(event: Mapping[str, Any], *names: str) -> list[float] | None:
+    """The named values of a metric event; None for another kind of event, or one that lacks any of them."""
+    values = event.get("values", {}) if event.get("kind") == METRIC else {}
+    return [float(values[name]) for name in names] if set(names) <= set(values) else None
 
 
 def _from_record(cls: type[T], record: Mapping[str, Any], path: Path) -> T:

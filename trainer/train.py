@@ -181,8 +181,9 @@ def train(
         if step <= FIRST_STEPS or step % schedule.log_every == 0 or step == schedule.steps:
             train_loss = float(world.sum(loss.clone())) / world.size
             seconds = clock.seconds()
+            frac = elapsed_fraction(step, seconds, schedule=schedule, budget_seconds=budget_seconds)
             log.metrics(
-                step, seconds, train_loss=train_loss, lr_scale=lr_scale, muon_momentum=momentum,
+                step, seconds, train_loss=train_loss, elapsed_frac=frac, lr_scale=lr_scale, muon_momentum=momentum,
                 tokens_per_second=step * config.data.tokens_per_step / seconds,
             )  # fmt: skip
             if not math.isfinite(train_loss):

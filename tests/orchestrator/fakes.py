@@ -92,7 +92,7 @@ class FakeSearch:
     def begin(self, trial: Trial) -> None:
         assert trial.state == "running"
 
-    def should_stop(self, number: int, step: int, value: float) -> bool:
+    def should_stop(self, number: int, per_mille: int, loss: float) -> bool:
         return number in self.stops
 
     def tell(self, trial: Trial) -> None:
@@ -135,7 +135,9 @@ class FakeLauncher:
     """Polls that are left to each tag."""
 
     most_alive: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=lambda: [(60, 2.0)])
+    losses: list[tuple[float, float]] = field(default_factory=lambda: [(0.5, 2.0)])
+    """(elapsed_frac, loss) that every run logs."""
+
 
     def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
         assert tag not in self.alive, "two live copies of one attempt"
@@ -143,8 +145,8 @@ class FakeLauncher:
         self.alive[tag] = self.polls
         self.most_alive = max(self.most_alive, len(self.alive))
         events = EventLog(run.attempt(attempt).events)
-        for step, loss in self.losses:
-            events.metrics(step, 0.1, train_loss=loss)
+        for step, (elapsed_frac, loss) in enumerate(self.losses):
+            events.metrics(step, 0.1, train_loss=loss, elapsed_frac=elapsed_frac)
         return f"job-{len(self.submitted)}"
 
     def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:

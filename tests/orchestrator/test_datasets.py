@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from make_data import VOCAB_SIZE, make_data, texts, write_jsonl
 
 from orchestrator import datasets
-from orchestrator.errors import DataError, MachineError
+from orchestrator.errors import DataError, MachineError, ProtocolError
 from orchestrator.home import Home
-from trainer.protocol import TRAIN, DataDir, sha256_of
+from trainer.protocol import TRAIN, VALIDATION, DataDir, sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +78,40 @@ def test_a_trainer_that_cannot_run_is_the_machines_lack() -> None:
     with pytest.raises(MachineError, match="the trainer ended with 2 and said nothing") as caught:
         datasets.prepare(["--no-such-option"])
     assert "pip install" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: folder.shard(TRAIN, 0).unlink(), "train_000000.bin: the shard is missing"),
+        (lambda folder: os.truncate(folder.shard(TRAIN, 0), 3001), "the shard is truncated: 3,001 bytes, the manifest says"),
+        (lambda folder: os.truncate(folder.shard(TRAIN, 0), 99_999), "the shard is too long: 99,999 bytes"),
+        (lambda folder: flip_byte(folder.shard(VALIDATION, 0)), "val_000000.bin: changed bytes: its sha256"),
+        (lambda folder: folder.tokenizer.unlink(), "the tokenizer is missing"),
+        (lambda folder: flip_byte(folder.tokenizer), "tokenizer.model: changed bytes"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_the_manifests_is_named(
+    made: Home, tmp_path: Path, damage: Callable[[DataDir], None], message: str
+) -> None:
+    damaged = Path(shutil.copytree(made.data / "small", tmp_path / "damaged"))
+    datasets.require_sound(datasets.manifest_of(damaged))
+    damage(DataDir(damaged))
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        datasets.require_sound(datasets.manifest_of(damaged))
+    assert f"move {damaged} away" in str(caught.value.hint)
+
+
+def test_a_manifest_with_a_value_of_another_type_is_damaged(made: Home, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(made.data / "small", tmp_path / "damaged"))
+    record = json.loads(DataDir(damaged).manifest.read_text())
+    record["splits"][TRAIN]["shards"][0]["tokens"] = "many"
+    DataDir(damaged).manifest.write_text(json.dumps(record))
+    with pytest.raises(ProtocolError, match="shard tokens must be of type int, got 'many'"):
+        datasets.manifest_of(damaged)
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0xFF
+    path.write_bytes(content)

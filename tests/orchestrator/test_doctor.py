@@ -8,7 +8,7 @@ from make_study import Maker, make_study
 from orchestrator import doctor, lock
 from orchestrator.doctor import MISSING, OK, WARN, Finding, examine, exit_code, is_satisfied, package
 from orchestrator.home import Home
-from trainer.protocol import SPLITS, DataDir, Manifest, Shard, Split, write_manifest
+from trainer.protocol import SPLITS, DataDir, Manifest, Shard, Split, sha256_of, write_manifest
 
 NAME = "wd-qk-ttt-smoke"
 
@@ -35,10 +35,17 @@ def make_data_set(home, *, bytes_on_disk=64):
     for split in SPLITS:
         file = f"{split}_000000.bin"
         (root / file).write_bytes(b"x" * bytes_on_disk)
-        shard = Shard(file=file, tokens=1000, bytes=64, sha256="", first_document=0, documents=1)
+        sha256 = sha256_of(root / file)
+        shard = Shard(file=file, tokens=1000, bytes=64, sha256=sha256, first_document=0, documents=1)
         splits[split] = Split(shards=(shard,), tokens=1000, documents=1, text_bytes=3000)
+    DataDir(root).tokenizer.write_bytes(b"pieces")
     manifest = Manifest(
-        source="test", recipe={}, tokenizer="tokenizer.model", tokenizer_sha256="", vocab_size=1024, splits=splits
+        source="test",
+        recipe={},
+        tokenizer=DataDir(root).tokenizer.name,
+        tokenizer_sha256=sha256_of(DataDir(root).tokenizer),
+        vocab_size=1024,
+        splits=splits,
     )
     write_manifest(DataDir(root).manifest, manifest)
 
@@ -157,7 +164,7 @@ def test_little_memory_is_a_warning_and_an_unknown_amount_is_not(tmp_path):
     assert doctor.cores_and_memory(tmp_path / "none").status == OK
 
 
-def test_data_sets_are_checked_by_their_shards_sizes(tmp_path):
+def test_data_sets_are_checked_by_their_files(tmp_path):
     home = Home(tmp_path)
     assert doctor.data_sets(home)[0].found == "no data set yet"
     make_data_set(home)
@@ -168,9 +175,9 @@ def test_data_sets_are_checked_by_their_shards_sizes(tmp_path):
 def test_a_truncated_and_a_missing_shard_are_named(tmp_path):
     home = Home(tmp_path)
     make_data_set(home, bytes_on_disk=10)
-    assert "has 10 bytes, the manifest says 64" in doctor.data_sets(home)[0].found
+    assert "the shard is truncated: 10 bytes, the manifest says 64" in doctor.data_sets(home)[0].found
     (home.data / "pydoc" / "train_000000.bin").unlink()
-    assert "train_000000.bin is not there" in doctor.data_sets(home)[0].found
+    assert "train_000000.bin: the shard is missing" in doctor.data_sets(home)[0].found
 
 
 def test_a_damaged_manifest_is_a_warning(tmp_path):

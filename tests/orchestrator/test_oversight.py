@@ -81,7 +81,7 @@ def test_jobs_that_were_left_end_by_themselves_unless_they_are_cancelled(searchi
 def test_cancelling_without_a_controller_asks_each_job_and_puts_it_on_record(searching: Home) -> None:
     jobs = running(searching)
     assert f"asked {len(jobs)} jobs to stop" in oversight.ask_to_stop(searching, NAME, cancel=True)
-    assert all(attempt.stop_reason == sweep.CANCELLED for attempt in running(searching))
+    assert all(attempt.stop_reason == ledger.CANCELLED for attempt in running(searching))
     assert all(searching.run(job.run_id).attempt(job.number).stop.exists() for job in jobs)
 
 

@@ -10,6 +10,7 @@ from orchestrator import preflight
 from orchestrator.errors import ConfigError, DataError, StorageError
 from orchestrator.home import Home
 from orchestrator.study import load_study, record_study
+from trainer.protocol import TRAIN, DataDir
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,10 @@ def test_a_disk_on_which_the_runs_would_not_fit_is_refused(home: Home) -> None:
 def test_a_search_counts_its_trials_by_seeds_and_both_confirmations() -> None:
     study = load_study(Path("wd-qk-ttt-smoke"))
     assert preflight.runs_of(study) == study.search.trials * len(study.search.seeds) + 2 * 3
+
+
+def test_a_data_set_with_a_missing_shard_is_refused_before_anything_is_submitted(home: Home, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(home.dataset("small"), tmp_path / "damaged"))
+    DataDir(damaged).shard(TRAIN, 0).unlink()
+    with pytest.raises(DataError, match="the shard is missing"):
+        preflight.check(record(str(damaged), **{"model.vocab_size": VOCAB_SIZE}), home)  # type: ignore[arg-type]

@@ -137,8 +137,8 @@ def test_running_trials_keep_the_sampler_from_proposing_beside_them(tmp_path):
 def test_the_journal_shows_the_ledgers_trials_to_others(tmp_path):
     study = study_with()
     state = state_of(
-        trial(0, point(0.09), value=1.5, constraints={"artifact_bytes": 10.0}, intermediate={60: 3.0}),
-        trial(1, point(0.02), state=ledger.PRUNED, intermediate={30: 4.0}, reason="stopped early"),
+        trial(0, point(0.09), value=1.5, constraints={"artifact_bytes": 10.0}, intermediate={500: 3.0}),
+        trial(1, point(0.02), state=ledger.PRUNED, intermediate={250: 4.0}, reason="stopped early"),
         trial(2, point(0.03), state=ledger.FAILED, reason="code: x"),
         trial(3, point(0.04), state=ledger.RUNNING),
     )
@@ -148,7 +148,7 @@ def test_the_journal_shows_the_ledgers_trials_to_others(tmp_path):
     assert (seen[0].value, seen[0].constraints, seen[0].intermediate_values) == (
         1.5,
         {"artifact_bytes": 10.0},
-        {60: 3.0},
+        {500: 3.0},
     )
     assert seen[1].user_attrs["caddie_reason"] == "stopped early"
     done = state.trials[3]
@@ -156,12 +156,12 @@ def test_the_journal_shows_the_ledgers_trials_to_others(tmp_path):
         ledger.COMPLETE,
         1.2,
         {"artifact_bytes": -1.0},
-        {60: 2.0},
+        {500: 2.0},
     )
     search.tell(done)
     last = journal(tmp_path)[3]
     assert (last.state, last.value, last.params) == (TrialState.COMPLETE, 1.2, point(0.04))
-    assert (last.constraints, last.intermediate_values) == ({"artifact_bytes": -1.0}, {60: 2.0})
+    assert (last.constraints, last.intermediate_values) == ({"artifact_bytes": -1.0}, {500: 2.0})
 
 
 @pytest.mark.parametrize(("end", "expected"), [(ledger.PRUNED, TrialState.PRUNED), (ledger.FAILED, TrialState.FAIL)])
@@ -202,35 +202,34 @@ def test_a_preset_outside_the_space_keeps_its_number_and_leaves_the_sampler_work
 
 
 def curve(number, loss_25, loss_50, state=ledger.COMPLETE):
-    return trial(number, point(0.01 * (number + 1)), state=state, intermediate={30: loss_25, 60: loss_50})
+    return trial(number, point(0.01 * (number + 1)), state=state, intermediate={250: loss_25, 500: loss_50})
 
 
 def test_a_trial_above_the_median_of_the_complete_ones_is_stopped(tmp_path):
     search = search_on(study_with(), tmp_path, state_of(curve(0, 5, 3.0), curve(1, 5, 3.2), curve(2, 5, 3.4)))
-    assert search.should_stop(3, 60, 3.21)
-    assert not search.should_stop(3, 60, 3.2)
+    assert search.should_stop(3, 500, 3.21)
+    assert not search.should_stop(3, 500, 3.2)
 
 
-def test_each_checkpoint_is_compared_with_itself(tmp_path):
+def test_each_part_of_the_schedule_is_compared_with_itself(tmp_path):
     search = search_on(study_with(), tmp_path, state_of(*(curve(n, 5.0, 3.0) for n in range(3))))
-    assert not search.should_stop(3, 30, 4.9)
-    assert search.should_stop(3, 60, 4.9)
-    assert search.should_stop(3, 119, 3.1)
-    assert not search.should_stop(3, 29, 99.0)
+    assert not search.should_stop(3, 250, 4.9)
+    assert search.should_stop(3, 500, 4.9)
+    assert not search.should_stop(3, 750, 99.0)
 
 
 def test_the_preset_is_never_stopped_and_nobody_before_enough_trials(tmp_path):
     search = search_on(study_with(), tmp_path, state_of(*(curve(n, 5.0, 3.0) for n in range(3))))
-    assert not search.should_stop(0, 60, 9.0)
+    assert not search.should_stop(0, 500, 9.0)
     few = search_on(
         study_with(), tmp_path / "few", state_of(curve(0, 5, 3), curve(1, 5, 3), curve(2, 5, 3, ledger.PRUNED))
     )
-    assert not few.should_stop(3, 60, 9.0)
+    assert not few.should_stop(3, 500, 9.0)
 
 
 def test_without_a_plan_nobody_is_stopped(tmp_path):
     study = dataclasses.replace(study_with(), stop_early=None)
-    assert not search_on(study, tmp_path).should_stop(3, 60, math.nan)
+    assert not search_on(study, tmp_path).should_stop(3, 500, math.nan)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1), st.floats(0, 10))

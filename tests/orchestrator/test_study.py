@@ -39,13 +39,13 @@ def test_a_shipped_study_is_found_by_its_name():
 
 
 def test_steps_of_comparison_rise_and_are_rounded_up():
-    assert StopEarlyPlan(at_fracs=(0.5, 0.25, 0.254)).steps(10) == [3, 5]
+    assert StopEarlyPlan(at_fracs=(0.5, 0.25, 0.2501)).per_milles == (250, 500)
 
 
 CASES = [
     ('name = "tiny"', 'name = = "tiny"', "not TOML"),
     ('name = "tiny"', 'nam = "tiny"', "a study has no key 'nam'"),
-    ('name = "tiny"', "", 'a study needs name = "...", got None'),
+    ('name = "tiny"', "", 'a study needs name = "..."'),
     ('name = "tiny"', "name = 3", 'a study needs name = "...", got 3'),
     ('name = "tiny"', 'name = "Tiny study"', "name must be lower-case"),
     ('preset = "smoke"', 'preset = "smok"', "there is no preset 'smok'"),
@@ -57,6 +57,10 @@ CASES = [
     ("trials = 4", "trials = 4\nstartup_trials = 0", "[search] startup_trials must be at least 1, got 0"),
     ("seeds = [1]", "seeds = []", "[search] seeds must be a list with at least one value"),
     ("seeds = [1]", "seeds = [1, 1]", "[search] seeds names a value twice"),
+    ("seeds = [1]", "seeds = [-1]", "[search] seeds must lie between 0 and 9223372036854775807, got -1"),
+    ("seeds = [1]", "seeds = [9223372036854775808]", "[search] seeds must lie between 0 and"),
+    ("seeds = [42, 314]", "seeds = [42, -7]", "[confirm] seeds must lie between 0 and"),
+    ("slots = 2", "timeout_minutes = inf", "[resources] timeout_minutes must be finite, got inf"),
     ("seeds = [1]", 'seeds = ["1"]', "[search] seeds must be of type int, got '1'"),
     ("trials = 4", 'trials = 4\nsampler = "tpee"', "[search] sampler must be one of tpe"),
     ("trials = 4", 'trials = 4\nobjective = "tt"', "[search] objective must be one of"),
@@ -68,7 +72,7 @@ CASES = [
     ("slots = 2", 'launcher = "slurn"', "[resources] launcher must be one of local"),
     ("[set]", '[set]\n"ttt.lrr" = 1', "there is no knob 'ttt.lrr'"),
     ("[set]", '[set]\n"ttt.method" = "off"', 'objective is "ttt", but ttt.method is "off"'),
-    ("slots = 2", "slots = 2\n[stop_early]\nat_fracs = [1.0]", "at_fracs must lie between 0 and 1, got 1.0"),
+    ("slots = 2", "slots = 2\n[stop_early]\nat_fracs = [1.0]", "at_fracs must lie between 0.001 and 0.999, got 1.0"),
     ("slots = 2", "slots = 2\n[stop_early]\nstartup_trials = 0", "[stop_early] startup_trials must be at least 1"),
     ("[resources]\nslots = 2", "resources = 3", "[resources] must be a table, got 3"),
 ]
@@ -96,7 +100,7 @@ def test_a_bad_study_file_is_named(tmp_path):
 def test_a_study_file_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=re.escape(f"{path}: cannot be read")):
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: not UTF-8 text: byte 0xff at 0")):
         load_study(path)
 
 
@@ -114,10 +118,26 @@ def test_a_preset_may_be_a_file_and_its_errors_name_it(tmp_path):
     assert "layers" in caught.value.hint
 
 
+def test_a_preset_file_that_is_missing_is_answered_with_the_shipped_ones(tmp_path):
+    with pytest.raises(ConfigError, match="there is no preset") as caught:
+        load_preset(str(tmp_path / "pr1327.toml"))
+    assert "pr1326" in caught.value.hint
+
+
+def test_a_byte_order_mark_before_a_study_is_forgiven(tmp_path):
+    (tmp_path / "tiny.toml").write_text("\ufeff" + study_text(), encoding="utf-8")
+    assert load_study(tmp_path / "tiny.toml").name == "tiny"
+
+
+def test_a_folder_is_no_study_file(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder, not a study file"):
+        load_study(tmp_path)
+
+
 def test_searching_on_the_confirmations_seeds_and_too_few_of_them_are_warned_of():
     first, second = tiny_study(seeds="[1, 42]", confirm="[42, 43]").warnings()
     assert "seeds [42] are searched and confirmed" in first
-    assert "2 confirmation seeds" in second
+    assert "confirmation on 2 of the three seeds" in second
     assert tiny_study(confirm="[42, 43, 44]").warnings() == []
 
 

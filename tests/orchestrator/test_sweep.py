@@ -36,36 +36,14 @@ from trainer.protocol import CODE, INFRASTRUCTURE, NOT_FINITE, OVER_CAP
 STOP_EARLY = "[stop_early]\nat_fracs = [0.5]\nstartup_trials = 2"
 
 
-@pytest.fixture
-def home(tmp_path):
-    return Home(tmp_path / "home")
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    """The waits are for processes of a real machine; the fakes end at once."""
-    monkeypatch.setattr(sweep, "DEATH_SECONDS", 0.01)
 
 
-def controller(study, home, **parts):
-    listener = parts.pop("listener", Listener())
-    fakes = {
-        "launcher": FakeLauncher(),
-        "search": FakeSearch(),
-        "bundle": FAKE_BUNDLE,
-        "progress": listener,
-        "mirror": listener,
-    }
-    fixed = {"code": {}, "data_dir": home.root, "manifest_sha256": MANIFEST, "poll_seconds": 0.001}
-    return Controller(study, home, **{**fakes, **fixed, **parts})
 
 
-def records(home, name="tiny"):
-    return [record for _, record in protocol.read_lines(home.study(name).ledger)]
 
 
-def kinds(home):
-    return [record["kind"] for record in records(home)]
 
 
 # ------------------------------------------------------------------------------------------------ the whole way
@@ -178,37 +156,8 @@ def test_a_result_that_another_study_left_is_reused(home):
     assert all(trial.value is not None for trial in state.trials.values())
 
 
-def test_a_run_that_another_study_works_on_is_waited_for(home):
-    first = controller(tiny_study(trials=1, confirm=None), home)
-    run = first._plan(ledger.Trial(number=0, origin="preset", params=FakeSearch().point(0), runs={}), 1)
-    run.attempt(1).root.mkdir(parents=True)
-
-    class Elsewhere(FakeLauncher):
-        asked = 0
-
-        def is_alive(self, attempt, *, tag):
-            if tag is not None or attempt.number != 1:
-                return super().is_alive(attempt, tag=tag)
-            self.asked += 1
-            if self.asked == 3:
-                protocol.write_result(attempt.result, scored(run, attempt, protocol.read_spec(run.spec), bpb=1.25))
-            return self.asked < 3
-
-    launcher = Elsewhere()
-    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
-    assert launcher.submitted == [] and state.trials[0].value == 1.25
 
 
-def test_a_failure_of_the_machine_makes_a_new_attempt_of_the_same_run(home):
-    launcher = FakeLauncher(behaviours={(1, 1): failed(INFRASTRUCTURE), (1, 2): lambda *a: None})
-    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
-    (run_id,) = state.run_ids
-    assert [(a.number, a.status, a.failure) for a in state.attempts_of(run_id)] == [
-        (1, "failed", INFRASTRUCTURE), (2, "failed", INFRASTRUCTURE), (3, "complete", None),
-    ]  # fmt: skip
-    assert state.trials[0].state == "complete"
-    lost = protocol.read_result(home.run(run_id).attempt(2).result)
-    assert "its worker was killed, or could not start" in lost.failure.message
 
 
 def test_failures_of_the_machine_are_told_once_their_attempts_are_used_up(home):
@@ -245,16 +194,6 @@ def test_an_artifact_over_the_cap_is_complete_and_never_the_best(home):
     assert state.best.number == 2
 
 
-def test_a_damaged_result_is_its_runs_failure(home):
-    class Damaging(FakeLauncher):
-        def _end(self, run, attempt):
-            if protocol.read_spec(run.spec).trial == 1:
-                attempt.result.write_text("{")
-            else:
-                super()._end(run, attempt)
-
-    state = controller(tiny_study(confirm=None), home, launcher=Damaging()).run()
-    assert state.trials[1].state == "failed" and "not a JSON object" in state.trials[1].reason
 
 
 def test_a_point_that_makes_no_configuration_is_told_without_a_run(home):
@@ -314,76 +253,17 @@ def test_a_record_attempt_of_which_nothing_completed_is_a_failure(home):
 # ------------------------------------------------------------------------------------------------ stopping early
 
 
-def test_a_trial_that_the_search_gives_up_is_stopped_and_pruned_with_what_was_seen(home):
-    search, launcher = FakeSearch(stops={0, 2}), FakeLauncher(losses=[(30, 3.0), (60, 2.0), (90, 1.0)], polls=5)
-    listener = Listener()
-    study = tiny_study(extra=STOP_EARLY)
-    state = controller(study, home, search=search, launcher=launcher, listener=listener).run()
-    assert [t.state for t in state.trials.values()] == ["complete", "complete", "pruned", "complete"]
-    assert state.trials[2].intermediate == {60: 2.0} and state.trials[2].reason == "stopped early"
-    assert state.trials[0].intermediate == {60: 2.0}
-    (attempt,) = state.attempts_of(state.trials[2].runs[1])
-    assert (attempt.stop_reason, attempt.status) == ("median", "stopped")
-    assert any("trial 2 is stopped: training loss 2.0000 at step 60" in note for note in listener.notes)
 
 
-def test_all_seeds_are_compared_together_and_stopped_together(home):
-    search, launcher = FakeSearch(stops={1}), FakeLauncher(polls=5)
-    study = tiny_study(seeds="[1, 2]", trials=2, confirm=None, extra=STOP_EARLY)
-    state = controller(study, home, search=search, launcher=launcher).run()
-    assert state.trials[1].state == "pruned"
-    assert {a.stop_reason for run in state.trials[1].runs.values() for a in state.attempts_of(run)} == {"median"}
 
 
-def test_an_attempt_that_replays_its_steps_does_not_move_the_comparison(home):
-    run = home.run("r")
-    first, second = (protocol.EventLog(run.attempt(n).events) for n in (1, 2))
-    checkpoints = sweep.Checkpoints(run, [30, 60])
-    checkpoints.read()
-    first.metrics(29, 0.1, train_loss=9.0)
-    first.metrics(31, 0.1, train_loss=3.0)
-    checkpoints.read()
-    assert checkpoints.losses == {30: (31, 3.0)}
-    second.metrics(30, 0.1, train_loss=8.0)
-    second.metrics(62, 0.1, train_loss=2.0)
-    checkpoints.read()
-    assert checkpoints.losses == {30: (31, 3.0), 60: (62, 2.0)}
-    assert sweep.Checkpoints(run, []).read() is None
 
 
-def test_a_damaged_event_file_leaves_its_run_uncompared_and_the_study_going(home):
-    class Damaging(FakeLauncher):
-        def submit(self, run, attempt, *, tag, resources):
-            job_id = super().submit(run, attempt, tag=tag, resources=resources)
-            run.attempt(attempt).events.write_text("}{\n")
-            return job_id
-
-    listener = Listener()
-    study = tiny_study(trials=2, confirm=None, extra=STOP_EARLY)
-    state = controller(study, home, launcher=Damaging(), listener=listener).run()
-    assert [t.state for t in state.trials.values()] == ["complete", "complete"]
-    assert sum("is not compared any more" in note and "not a JSON object" in note for note in listener.notes) == 2
 
 
 # ------------------------------------------------------------------------------------------------ leaving and coming back
 
 
-def kill_at(home, kind, count):
-    """A controller that dies, as by kill -9, just after the given decision is on disk for the n-th time."""
-
-    class Killed(BaseException):
-        pass
-
-    class Dying(Controller):
-        seen = 0
-
-        def _record(self, what, **fields):
-            super()._record(what, **fields)
-            self.seen += what == kind
-            if self.seen == count and what == kind:
-                raise Killed
-
-    return Dying, Killed
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -409,49 +289,12 @@ def test_a_controller_killed_after_any_decision_is_continued_without_loss_or_rep
     assert len(asked) == len(set(asked))
 
 
-def killed_before_submitted(home, study, launcher):
-    """Decided, and dead before the ledger heard of the job."""
-    first = controller(study, home, launcher=launcher)
-    dying, killed = kill_at(home, ledger.SUBMITTING, 1)
-    first.__class__ = dying
-    with pytest.raises(killed):
-        first.run()
-    (attempt,) = first.state.attempts.values()
-    return attempt, home.run(attempt.run_id).attempt(1)
 
 
-def test_a_job_that_was_started_before_the_ledger_heard_of_it_is_found_by_its_tag(home):
-    launcher, study = FakeLauncher(), tiny_study(trials=1, confirm=None)
-    attempt, _ = killed_before_submitted(home, study, launcher)
-    launcher.alive[attempt.tag] = 3
-    state = controller(study, home, launcher=launcher).run()
-    assert launcher.submitted == []
-    assert [a.job_id for a in state.attempts.values()] == ["found"]
 
 
-@pytest.mark.parametrize("left", ["claim", "result"])
-def test_a_job_that_ran_and_ended_unheard_is_not_run_again_under_its_number(home, left):
-    launcher, study = FakeLauncher(), tiny_study(trials=1, confirm=None)
-    attempt, files = killed_before_submitted(home, study, launcher)
-    run = home.run(attempt.run_id)
-    if left == "claim":
-        protocol.write_bytes_atomically(files.claim, b"{}")
-    else:
-        protocol.write_result(files.result, scored(run, files, protocol.read_spec(run.spec)))
-    state = controller(study, home, launcher=launcher).run()
-    assert [number for _, number, _ in launcher.submitted] == ([2] if left == "claim" else [])
-    assert state.trials[0].state == "complete"
 
 
-def test_a_restart_holds_the_slots_of_what_still_runs(home):
-    launcher, study = FakeLauncher(polls=50), tiny_study()
-    dying, killed = kill_at(home, ledger.SUBMITTED, 2)
-    first = controller(study, home, launcher=launcher)
-    first.__class__ = dying
-    with pytest.raises(killed):
-        first.run()
-    controller(study, home, launcher=launcher).run()
-    assert launcher.most_alive == 2
 
 
 def test_a_torn_last_line_of_the_ledger_is_dropped(home):
@@ -462,17 +305,6 @@ def test_a_torn_last_line_of_the_ledger_is_dropped(home):
     assert len(controller(tiny_study(trials=2), home).run().trials) == 2
 
 
-def test_a_result_that_vanished_before_it_was_told_is_an_error_with_its_place(home):
-    study = tiny_study(trials=1, confirm=None)
-    dying, killed = kill_at(home, ledger.ENDED, 1)
-    first = controller(study, home)
-    first.__class__ = dying
-    with pytest.raises(killed):
-        first.run()
-    (run_id,) = first.state.run_ids
-    home.run(run_id).attempt(1).result.unlink()
-    with pytest.raises(ProtocolError, match="missing, though the ledger says that the attempt ended"):
-        controller(study, home).run()
 
 
 def test_a_second_controller_of_the_study_is_refused(home):
@@ -482,29 +314,8 @@ def test_a_second_controller_of_the_study_is_refused(home):
     assert listener.closed == 2
 
 
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"high": 0.2}, "space"),
-        ({"settings": '"ttt.epochs" = 1'}, "configuration"),
-        ({"seeds": "[7]"}, "seeds"),
-    ],
-)
-def test_a_changed_question_is_refused(home, change, word):
-    controller(tiny_study(), home).run()
-    with pytest.raises(ConfigError, match=f"tiny: the {word} changed since the study was opened") as caught:
-        controller(tiny_study(**change), home).run()
-    assert "new name" in caught.value.hint
 
 
-def test_other_data_and_another_trainer_are_refused(home):
-    controller(tiny_study(), home).run()
-    with pytest.raises(ConfigError, match="the data and the trainer changed"):
-        controller(tiny_study(), home, manifest_sha256="other", bundle=FAKE_BUNDLE + b"#").run()
-    study = tiny_study()
-    objective = dataclasses.replace(study, search=dataclasses.replace(study.search, objective="sliding"))
-    with pytest.raises(ConfigError, match="the objective changed"):
-        controller(objective, home).run()
 
 
 def test_total_slots_limits_of_time_and_confirmation_may_change(home):
@@ -515,28 +326,8 @@ def test_total_slots_limits_of_time_and_confirmation_may_change(home):
     assert kinds(home).count(ledger.OPENED) == 2
 
 
-def test_a_record_attempt_is_not_continued_with_another_trainer(home):
-    study = record_study("smoke", data="d", seeds=(1, 2), knobs={}, name="mine")
-    controller(study, home).run()
-    with pytest.raises(ConfigError, match="the trainer changed"):
-        controller(study, home, bundle=FAKE_BUNDLE + b"#").run()
 
 
-def test_the_identity_of_a_study_is_the_same_in_every_process():
-    study = tiny_study()
-    code = (
-        "import sys; from orchestrator.study import parse_study; from orchestrator.sweep import identity_of; "
-        "print(identity_of(parse_study(sys.stdin.read()), manifest_sha256='m', bundle_sha256='b'))"
-    )
-    other = subprocess.run(
-        [sys.executable, "-c", code],
-        input=study.source,
-        capture_output=True,
-        text=True,
-        env=subprocess_environment(),
-        check=True,
-    )
-    assert other.stdout.strip() == str(identity_of(study, manifest_sha256="m", bundle_sha256="b"))
 
 
 class Asking(FakeLauncher):
@@ -572,51 +363,8 @@ def test_a_stop_that_was_meant_for_an_earlier_controller_is_forgotten(home):
     assert controller(tiny_study(), home).run().closed == "finished"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_leaves_the_jobs_running_and_says_how_to_go_on(home, number):
-    class Signalled(FakeLauncher):
-        def submit(self, run, attempt, *, tag, resources):
-            job_id = super().submit(run, attempt, tag=tag, resources=resources)
-            os.kill(os.getpid(), number)
-            return job_id
-
-    before = signal.getsignal(number)
-    listener, launcher = Listener(), Signalled(polls=20)
-    with pytest.raises(Interrupted, match="running jobs go on; the same command continues") as caught:
-        controller(tiny_study(slots=1), home, launcher=launcher, listener=listener).run()
-    assert caught.value.exit_code == 130 and signal.getsignal(number) is before
-    assert len(launcher.alive) == 1 and any("the same command continues" in note for note in listener.notes)
-    launcher.__class__ = FakeLauncher
-    assert controller(tiny_study(slots=1), home, launcher=launcher).run().closed == "finished"
-    assert len(launcher.submitted) == 8
 
 
-@pytest.mark.parametrize("left", ["nothing", "result", "stop"])
-def test_processes_that_do_not_leave_in_time_are_ended(home, monkeypatch, left):
-    monkeypatch.setattr(sweep, "LEAVE_SECONDS", 0.0)
-
-    class Orphaned(FakeLauncher):
-        def is_alive(self, attempt, *, tag):
-            run = home.run(attempt.root.parent.parent.name)
-            if left == "result" and not attempt.result.exists():
-                protocol.write_result(attempt.result, scored(run, attempt, protocol.read_spec(run.spec)))
-            if left == "stop" and not attempt.stop.exists():
-                home.study("tiny").stop.write_text("cancel")
-            return bool(self.alive)
-
-        def cancel(self, tag):
-            self.cancelled.append(tag)
-            self.alive.clear()
-
-    study = tiny_study(trials=1, confirm=None, resources="timeout_minutes = 0.001\nmax_attempts = 1")
-    launcher = Orphaned()
-    if left == "nothing":
-        with pytest.raises(StudyFailed, match="none of its 1 trials completed: infrastructure"):
-            controller(study, home, launcher=launcher).run()
-    else:
-        state = controller(study, home, launcher=launcher).run()
-        assert state.closed == {"result": "finished", "stop": "stopped"}[left]
-    assert launcher.cancelled
 
 
 # ------------------------------------------------------------------------------------------------ real processes
@@ -679,17 +427,6 @@ def test_a_controller_that_is_killed_twice_ends_with_the_same_total_and_nothing_
     assert starts == [1] * len(runs)
 
 
-def test_a_real_trial_that_falls_behind_is_stopped(home):
-    study = tiny_study(trials=4, confirm=None, slots=1, extra=STOP_EARLY)
-    write_plans(home, {"*": {"step_seconds": 0.1}})
-
-    class Worse(FakeSearch):
-        def should_stop(self, number, step, value):
-            return number == 3
-
-    state = controller(study, home, launcher=LocalLauncher(), search=Worse(), poll_seconds=0.02).run()
-    assert [t.state for t in state.trials.values()] == ["complete"] * 3 + ["pruned"]
-    assert list(state.trials[3].intermediate) == [60]
 
 
 def test_real_search_and_real_jobs_make_a_study(home):
@@ -700,7 +437,3 @@ def test_real_search_and_real_jobs_make_a_study(home):
     assert home.study("tiny").optuna_journal.exists()
 
 
-def test_a_real_job_whose_trainer_is_killed_is_run_again(home):
-    write_plans(home, {"*": {"mode": "killed", "attempts": [1]}})
-    state = controller(tiny_study(trials=1, confirm=None), home, launcher=LocalLauncher(), poll_seconds=0.02).run()
-    assert [(a.status, a.failure) for a in state.attempts.values()] == [("failed", INFRASTRUCTURE), ("complete", None)]

@@ -16,6 +16,8 @@ from tests.trainer.make_data import VOCAB_SIZE
 from trainer.config import Config, with_knobs
 from trainer.protocol import AttemptDir, DataDir, Result, RunDir, read_lines, read_result, sha256_of
 
+ROOT = Path(__file__).parents[2]
+
 MICRO: dict[str, Any] = {
     "model.vocab_size": VOCAB_SIZE, "model.width": 32, "model.rope_dims": 4, "schedule.steps": 12, "schedule.warmup_steps": 1,
     "schedule.log_every": 1, "data.tokens_per_step": 256, "data.sequence_length": 32, "evaluation.sequence_length": 32,
@@ -44,7 +46,9 @@ def execute(run: RunDir, *, processes: int = 1, source: bool = False, python: tu
     attempt.root.mkdir(parents=True)
     program = ["-m", "trainer.main"] if source else [str(run.bundle)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]) if source else ""}
+    others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
+    paths = [*others, str(ROOT)] if source else others  # a bundle must do without our checkout
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     with attempt.stdout.open("wb") as stdout, attempt.stderr.open("wb") as stderr:
         subprocess.run(
             [sys.executable, *python, *launcher, *program, str(run.root), "--attempt", str(attempt.number)],

@@ -1,0 +1,136 @@
+def test_a_run_that_another_study_works_on_is_waited_for(home):
+    first = controller(tiny_study(trials=1, confirm=None), home)
+    run = first._plan(ledger.Trial(number=0, origin="preset", params=FakeSearch().point(0), runs={}), 1)
+    run.attempt(1).root.mkdir(parents=True)
+
+    class Elsewhere(FakeLauncher):
+        asked = 0
+
+        def is_alive(self, attempt, *, tag):
+            if tag is not None or attempt.number != 1:
+                return super().is_alive(attempt, tag=tag)
+            self.asked += 1
+            if self.asked == 3:
+                protocol.write_result(attempt.result, scored(run, attempt, protocol.read_spec(run.spec), bpb=1.25))
+            return self.asked < 3
+
+    launcher = Elsewhere()
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
+    assert launcher.submitted == [] and state.trials[0].value == 1.25
+
+
+def test_a_failure_of_the_machine_makes_a_new_attempt_of_the_same_run(home):
+    launcher = FakeLauncher(behaviours={(1, 1): failed(INFRASTRUCTURE), (1, 2): lambda *a: None})
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
+    (run_id,) = state.run_ids
+    assert [(a.number, a.status, a.failure) for a in state.attempts_of(run_id)] == [
+        (1, "failed", INFRASTRUCTURE), (2, "failed", INFRASTRUCTURE), (3, "complete", None),
+    ]  # fmt: skip
+    assert state.trials[0].state == "complete"
+    lost = protocol.read_result(home.run(run_id).attempt(2).result)
+    assert "its worker was killed, or could not start" in lost.failure.message
+
+
+def test_a_damaged_result_is_its_runs_failure(home):
+    class Damaging(FakeLauncher):
+        def _end(self, run, attempt):
+            if protocol.read_spec(run.spec).trial == 1:
+                attempt.result.write_text("{")
+            else:
+                super()._end(run, attempt)
+
+    state = controller(tiny_study(confirm=None), home, launcher=Damaging()).run()
+    assert state.trials[1].state == "failed" and "not a JSON object" in state.trials[1].reason
+
+
+def killed_before_submitted(home, study, launcher):
+    """Decided, and dead before the ledger heard of the job."""
+    first = controller(study, home, launcher=launcher)
+    dying, killed = kill_at(home, ledger.SUBMITTING, 1)
+    first.__class__ = dying
+    with pytest.raises(killed):
+        first.run()
+    (attempt,) = first.state.attempts.values()
+    return attempt, home.run(attempt.run_id).attempt(1)
+
+
+def test_a_job_that_was_started_before_the_ledger_heard_of_it_is_found_by_its_tag(home):
+    launcher, study = FakeLauncher(), tiny_study(trials=1, confirm=None)
+    attempt, _ = killed_before_submitted(home, study, launcher)
+    launcher.alive[attempt.tag] = 3
+    state = controller(study, home, launcher=launcher).run()
+    assert launcher.submitted == []
+    assert [a.job_id for a in state.attempts.values()] == ["found"]
+
+
+@pytest.mark.parametrize("left", ["claim", "result"])
+def test_a_job_that_ran_and_ended_unheard_is_not_run_again_under_its_number(home, left):
+    launcher, study = FakeLauncher(), tiny_study(trials=1, confirm=None)
+    attempt, files = killed_before_submitted(home, study, launcher)
+    run = home.run(attempt.run_id)
+    if left == "claim":
+        protocol.write_bytes_atomically(files.claim, b"{}")
+    else:
+        protocol.write_result(files.result, scored(run, files, protocol.read_spec(run.spec)))
+    state = controller(study, home, launcher=launcher).run()
+    assert [number for _, number, _ in launcher.submitted] == ([2] if left == "claim" else [])
+    assert state.trials[0].state == "complete"
+
+
+def test_a_restart_holds_the_slots_of_what_still_runs(home):
+    launcher, study = FakeLauncher(polls=50), tiny_study()
+    dying, killed = kill_at(home, ledger.SUBMITTED, 2)
+    first = controller(study, home, launcher=launcher)
+    first.__class__ = dying
+    with pytest.raises(killed):
+        first.run()
+    controller(study, home, launcher=launcher).run()
+    assert launcher.most_alive == 2
+
+
+def test_a_result_that_vanished_before_it_was_told_is_an_error_with_its_place(home):
+    study = tiny_study(trials=1, confirm=None)
+    dying, killed = kill_at(home, ledger.ENDED, 1)
+    first = controller(study, home)
+    first.__class__ = dying
+    with pytest.raises(killed):
+        first.run()
+    (run_id,) = first.state.run_ids
+    home.run(run_id).attempt(1).result.unlink()
+    with pytest.raises(ProtocolError, match="missing, though the ledger says that the attempt ended"):
+        controller(study, home).run()
+
+
+@pytest.mark.parametrize("left", ["nothing", "result", "stop"])
+def test_processes_that_do_not_leave_in_time_are_ended(home, monkeypatch, left):
+    monkeypatch.setattr(sweep, "LEAVE_SECONDS", 0.0)
+
+    class Orphaned(FakeLauncher):
+        def is_alive(self, attempt, *, tag):
+            run = home.run(attempt.root.parent.parent.name)
+            if left == "result" and not attempt.result.exists():
+                protocol.write_result(attempt.result, scored(run, attempt, protocol.read_spec(run.spec)))
+            if left == "stop" and not attempt.stop.exists():
+                home.study("tiny").stop.write_text("cancel")
+            return bool(self.alive)
+
+        def cancel(self, tag):
+            self.cancelled.append(tag)
+            self.alive.clear()
+
+    study = tiny_study(trials=1, confirm=None, resources="timeout_minutes = 0.001\nmax_attempts = 1")
+    launcher = Orphaned()
+    if left == "nothing":
+        with pytest.raises(StudyFailed, match="none of its 1 trials completed: infrastructure"):
+            controller(study, home, launcher=launcher).run()
+    else:
+        state = controller(study, home, launcher=launcher).run()
+        assert state.closed == {"result": "finished", "stop": "stopped"}[left]
+    assert launcher.cancelled
+
+
+def test_a_real_job_whose_trainer_is_killed_is_run_again(home):
+    write_plans(home, {"*": {"mode": "killed", "attempts": [1]}})
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=LocalLauncher(), poll_seconds=0.02).run()
+    assert [(a.status, a.failure) for a in state.attempts.values()] == [("failed", INFRASTRUCTURE), ("complete", None)]
+
