@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator import bundle, datasets, preflight
+from orchestrator.background_mirror import BackgroundMirror
 from orchestrator.datasets import PYDOC
 from orchestrator.errors import StudyFailed
 from orchestrator.home import SHIPPED_STUDIES, Home
@@ -16,7 +17,6 @@ from orchestrator.search import Search
 from orchestrator.slots import machine_slots
 from orchestrator.study import Study, load_study
 from orchestrator.sweep import Controller
-from orchestrator.tracking import BackgroundMirror
 
 DEMO_STUDY = SHIPPED_STUDIES / "wd-qk-ttt-smoke.toml"
 

@@ -94,7 +94,7 @@ class Attempts:
         )
 
     def is_elsewhere(self, run: RunDir) -> bool:
-        """Whether another study is at the run: its worker lives, or was submitted so lately that it may yet begin."""
+        """Whether another study is at the run: its attempt lives, or was submitted so lately that it may yet begin."""
         return any(self._may_live(files) for files in run.attempts() if not files.result.exists())
 
     def _may_live(self, files: AttemptDir) -> bool:
@@ -116,7 +116,8 @@ class Attempts:
 
     def _find_or_start(self, attempt: Attempt) -> None:
         """Submit an attempt only if the scheduler never heard of it."""
-        files, job_id = self._files_of(attempt), self.launcher.find(attempt.tag)
+        files = self._files_of(attempt)
+        job_id = self.launcher.find(files, tag=attempt.tag)
         if job_id is None and not files.claim.exists() and not files.result.exists():
             self._start(attempt)
         else:
@@ -145,9 +146,10 @@ class Attempts:
         return ended
 
     def _has_ended(self, attempt: Attempt) -> bool:
-        """Whether an attempt has a result and no worker, or has had neither a result nor any process for a while."""
+        """Whether an attempt has a result, no worker and no trainer, or for a while neither a result nor any process."""
         key, files = (attempt.run_id, attempt.number), self._files_of(attempt)
-        # The worker leaves nothing running, and the scheduler's own wrapper may take its time without a GPU.
+        # After the result nothing that the worker started may share the slot with the next attempt; the scheduler's own
+        # wrapper may take its time.
         is_alive = self.launcher.is_alive(files, tag=None if files.result.exists() else attempt.tag)
         has_result = files.result.exists()  # asked again: a process may have written it and left since
         if is_alive:
@@ -169,7 +171,6 @@ class Attempts:
 
     def _end(self, attempt: Attempt) -> None:
         files = self._files_of(attempt)
-        self.launcher.cancel(attempt.tag)  # what a killed worker left must not share the slot with the next attempt
         if not files.result.exists():
             protocol.write_result(files.result, self._result_of_lost(attempt))
         result = _read_result(files, attempt.run_id)

@@ -165,10 +165,10 @@ def ui(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def track(arguments: argparse.Namespace, home: Home) -> int:
-    from orchestrator import tracking
+    from orchestrator import mirror
 
     home.require_writable()
-    warn(tracking.rebuild(home) if arguments.rebuild else tracking.sync_all(home))
+    warn(mirror.rebuild(home) if arguments.rebuild else mirror.sync_all(home))
     print(home.mlflow_database)
     return 0
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import trainer
 from orchestrator.errors import CaddieError, ConfigError, DataError, MachineError, ProtocolError, StorageError
 from orchestrator.home import Home
-from trainer.protocol import VALIDATION, DataDir, Manifest, Shard, Split, read_manifest, sha256_of
+from trainer.protocol import VALIDATION, DataDir, Manifest, Shard, read_manifest, require_types, sha256_of
 
 PYDOC = "pydoc"
 """The data set that every machine can make: the documentation that CPython carries."""
@@ -49,19 +48,8 @@ def manifest_of(data_dir: Path) -> PreparedData:
     manifest = read_manifest(path)
     for split in manifest.splits.values():
         for record in (manifest, split, *split.shards):
-            _require_types(record, path)
+            require_types(record, path)
     return PreparedData(root=data_dir, manifest=manifest, manifest_sha256=sha256_of(path))
-
-
-def _require_types(record: Manifest | Split | Shard, path: Path) -> None:
-    """Raise ProtocolError where a number or a text of the manifest is something else."""
-    for name, hint in typing.get_type_hints(type(record)).items():
-        value = getattr(record, name)
-        if hint in (int, str) and type(value) is not hint:
-            raise ProtocolError(
-                f"{path}: {type(record).__name__.lower()} {name} must be of type {hint.__name__}, got {value!r}",
-                hint="the file is damaged: put the data set back, or prepare it again",
-            )
 
 
 def names(home: Home) -> list[str]:

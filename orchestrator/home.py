@@ -116,8 +116,10 @@ class Home:
         probe = self.root / f".probe-{os.getpid()}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"probe\n")
-            probe.unlink()
+            try:
+                probe.write_bytes(b"probe\n")
+            finally:
+                probe.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, self.root) from error
 

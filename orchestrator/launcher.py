@@ -32,6 +32,12 @@ JOB_TAG = "CADDIE_JOB_TAG"
 OUTER_MARGIN_MINUTES = 5.0
 """submitit's own limit lies this much beyond the worker's, which ends the trainer in order."""
 
+TASK_FILES = "*_submitted.pkl"
+"""submitit's name for a task that its job can find."""
+
+WRAPPER_LOG = "wrapper.err"
+"""What submitit itself and the shell around it say, beside the logs of the task."""
+
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 # Ctrl-C, Ctrl-\, Ctrl-Z and a closing terminal reach every process of the controller's group; they are not for the jobs.
@@ -64,11 +70,12 @@ class LocalLauncher:
         files = run.attempt(attempt)
         shutil.rmtree(files.scheduler, ignore_errors=True)  # of a submission that a killed controller did not finish
         try:
+            files.scheduler.mkdir(parents=True, exist_ok=True)
             executor = LocalExecutor(files.scheduler)
             executor.update_parameters(
                 timeout_min=resources.timeout_seconds / 60 + OUTER_MARGIN_MINUTES,
                 tasks_per_node=1,
-                setup=[IGNORE_TERMINAL, *self._exports(tag)],
+                setup=[IGNORE_TERMINAL, *self._exports(tag), self._detach(files)],
             )
             gpus = ",".join(resources.gpus)
             job = executor.submit(
@@ -87,6 +94,11 @@ class LocalLauncher:
         return record.job_id
 
     @staticmethod
+    def _detach(files: AttemptDir) -> str:
+        """Keep a job off the controller's terminal and pipes: it outlives them, and a reader would wait for its end."""
+        return f"exec </dev/null >>{shlex.quote(str(files.scheduler / WRAPPER_LOG))} 2>&1"
+
+    @staticmethod
     def _exports(tag: str) -> list[str]:
         """The job's tag, and the place of this code, which need not be installed."""
         checkout = str(Path(protocol.__file__).resolve().parent.parent)
@@ -95,19 +107,28 @@ class LocalLauncher:
         return [f"export {name}={shlex.quote(value)}" for name, value in ((JOB_TAG, tag), ("PYTHONPATH", path))]
 
     def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:
-        """Whether any process of the attempt still runs: the worker that claimed it, or one that carries its tag.
+        """Whether any process of the attempt runs: the worker that claimed it, its trainer, or what carries the job's tag.
 
-        Without a tag only the claim is asked: another study's attempt.
+        Without a tag the scheduler's wrapper is not asked for: after a result, and in another study's attempt.
         """
         self.jobs[:] = [job for job in self.jobs if not job.done()]  # asking reaps the ended ones
         claim = worker.read_claim(attempt)
         if claim is not None and worker.is_live(claim):
             return True
-        return tag is not None and self.find(tag) is not None
+        if worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(attempt)):  # it outlives a killed worker
+            return True
+        return tag is not None and bool(worker.tagged_processes(JOB_TAG, tag))
 
-    def find(self, tag: str) -> str | None:
-        """The id of the job that carries the tag, or None."""
+    def find(self, attempt: AttemptDir, *, tag: str) -> str | None:
+        """The id of the job that carries the tag, or None; to be asked after a restart, when nobody submits.
+
+        submitit starts a job and then gives it its task. One whose submitter was killed in between would wait for a
+        minute and fail: it is ended, so that the attempt can be submitted again.
+        """
         processes = worker.tagged_processes(JOB_TAG, tag)
+        if processes and not attempt.claim.exists() and not any(attempt.scheduler.glob(TASK_FILES)):
+            self.cancel(tag)
+            return None
         return str(processes[0]) if processes else None
 
     def cancel(self, tag: str) -> None:

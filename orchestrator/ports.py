@@ -16,10 +16,10 @@ class Launcher(Protocol):
         """Start an attempt under a name and return the job's id."""
 
     def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:
-        """Whether any process of the attempt runs; without a tag, whether its worker does."""
+        """Whether any process of the attempt runs; without a tag, whether its worker or its trainer does."""
 
-    def find(self, tag: str) -> str | None:
-        """The id of the live job of that name."""
+    def find(self, attempt: AttemptDir, *, tag: str) -> str | None:
+        """The id of the live job of that name; a job that its submitter left without a task is ended, and not found."""
 
     def cancel(self, tag: str) -> None:
         """End whatever is left of the job of that name."""

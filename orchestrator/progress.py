@@ -130,8 +130,9 @@ def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt,
             phase = str(event.get("name", phase))
         elif event.get("kind") == METRIC:
             values = event.get("values", {})
-            step, loss = int(event.get("step", step)), values.get(TRAIN_LOSS, loss)
-            phase = "train" if phase == "queued" and TRAIN_LOSS in values else phase
+            if TRAIN_LOSS in values:  # the steps of other metrics are not the optimiser's
+                step, loss = int(event.get("step", step)), values[TRAIN_LOSS]
+                phase = "train" if phase == "queued" else phase
         else:
             phase = "start" if phase == "queued" else phase
     return RunningRun(

@@ -102,14 +102,14 @@ def server_command(home: Home, host: str, port: int) -> list[str]:
 
 def prepare_store(home: Home) -> list[str]:
     """Bring MLflow up to every study of the home, making its database if there is none; returns what could not be read."""
-    from orchestrator.tracking import sync_all  # loads MLflow: a second that a busy port need not wait for
+    from orchestrator.mirror import sync_all  # loads MLflow: a second that a busy port need not wait for
 
     return sync_all(home)
 
 
 def study_paths(home: Home) -> dict[str, str]:
     """Path within the UI of each study's view."""
-    from orchestrator.tracking import view_paths
+    from orchestrator.mirror import view_paths
 
     return view_paths(home)
 

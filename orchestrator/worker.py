@@ -243,7 +243,7 @@ def _attempt(
     if attempt.stop.exists():
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
     _require_bundle(run, spec)
-    tag = f"{run.root}/{attempt.number}"
+    tag = trainer_tag(attempt)
     environment = trainer_environment(gpus, tag)
     protocol.write_json_atomically(attempt.env, describe_environment(environment))
     with attempt.stdout.open("ab") as out, attempt.stderr.open("ab") as err:
@@ -280,6 +280,11 @@ def trainer_command(run: RunDir, attempt: int, processes: int) -> list[str]:
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launch, str(run.bundle), str(run.root), "--attempt", str(attempt)]
+
+
+def trainer_tag(attempt: AttemptDir) -> str:
+    """Value of TRAINER_TAG in every process of an attempt's trainer, the same for all who look."""
+    return str(attempt.root.resolve())
 
 
 def trainer_environment(gpus: str, tag: str) -> dict[str, str]:

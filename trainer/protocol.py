@@ -408,6 +408,24 @@ def _from_record(cls: type[T], record: Mapping[str, Any], path: Path) -> T:
     return cls(**record)
 
 
+def require_types(record: Any, path: Path) -> None:
+    """Raise ProtocolError where a number or a text of a record from the file is something else."""
+    number = (int, float)
+    plain = {
+        "int": int,
+        "str": str,
+        "float": number,
+        "float | None": (*number, type(None)),
+    }  # as the fields are written
+    for f in dataclasses.fields(record):
+        value, name = getattr(record, f.name), str(f.type)
+        if name in plain and (not isinstance(value, plain[name]) or isinstance(value, bool)):
+            raise ProtocolError(
+                f"{path}: {type(record).__name__.lower()} {f.name} must be of type {name}, got {value!r}",
+                hint="the file is damaged: put it back, or make it again",
+            )
+
+
 def read_spec(path: Path) -> Spec:
     """Read `spec.json`; raises ProtocolError for another protocol or a damaged file."""
     record = read_json(path)
@@ -422,10 +440,17 @@ def read_spec(path: Path) -> Spec:
 def read_result(path: Path) -> Result:
     """Read `result.json`; raises ProtocolError."""
     record = read_json(path)
-    if record.get("failure"):
-        record["failure"] = _from_record(Failure, record["failure"], path)
-    record["scores"] = {stage: _from_record(Score, score, path) for stage, score in record.get("scores", {}).items()}
-    return _from_record(Result, record, path)
+    try:
+        if record.get("failure"):
+            record["failure"] = _from_record(Failure, record["failure"], path)
+        scores = record.get("scores", {}).items()
+        record["scores"] = {stage: _from_record(Score, score, path) for stage, score in scores}
+    except (TypeError, AttributeError) as error:
+        raise ProtocolError(f"{path}: failure and scores must be tables", hint="the file is damaged") from error
+    result = _from_record(Result, record, path)
+    for part in (result, *result.scores.values()):
+        require_types(part, path)
+    return result
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -138,7 +138,6 @@ class FakeLauncher:
     losses: list[tuple[float, float]] = field(default_factory=lambda: [(0.5, 2.0)])
     """(elapsed_frac, loss) that every run logs."""
 
-
     def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
         assert tag not in self.alive, "two live copies of one attempt"
         self.submitted.append((run.run_id, attempt, tag))
@@ -171,7 +170,7 @@ class FakeLauncher:
         if result is not None:
             protocol.write_result(attempt.result, result)
 
-    def find(self, tag: str) -> str | None:
+    def find(self, attempt: AttemptDir, *, tag: str) -> str | None:
         return "found" if tag in self.alive else None
 
     def cancel(self, tag: str) -> None:

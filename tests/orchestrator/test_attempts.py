@@ -1,3 +1,14 @@
+import pytest
+from fakes import FakeLauncher, FakeSearch, Listener, failed, scored, tiny_study, write_plans
+from make_controller import Killed, controller, die_at
+
+from orchestrator import attempts, ledger
+from orchestrator.errors import ProtocolError, StorageError, StudyFailed
+from orchestrator.launcher import LocalLauncher
+from trainer import protocol
+from trainer.protocol import DISK, INFRASTRUCTURE
+
+
 def test_a_run_that_another_study_works_on_is_waited_for(home):
     first = controller(tiny_study(trials=1, confirm=None), home)
     run = first._plan(ledger.Trial(number=0, origin="preset", params=FakeSearch().point(0), runs={}), 1)
@@ -45,12 +56,10 @@ def test_a_damaged_result_is_its_runs_failure(home):
 
 def killed_before_submitted(home, study, launcher):
     """Decided, and dead before the ledger heard of the job."""
-    first = controller(study, home, launcher=launcher)
-    dying, killed = kill_at(home, ledger.SUBMITTING, 1)
-    first.__class__ = dying
-    with pytest.raises(killed):
+    first = die_at(controller(study, home, launcher=launcher), ledger.SUBMITTING)
+    with pytest.raises(Killed):
         first.run()
-    (attempt,) = first.state.attempts.values()
+    (attempt,) = first.ledger.state().attempts.values()
     return attempt, home.run(attempt.run_id).attempt(1)
 
 
@@ -79,21 +88,16 @@ def test_a_job_that_ran_and_ended_unheard_is_not_run_again_under_its_number(home
 
 def test_a_restart_holds_the_slots_of_what_still_runs(home):
     launcher, study = FakeLauncher(polls=50), tiny_study()
-    dying, killed = kill_at(home, ledger.SUBMITTED, 2)
-    first = controller(study, home, launcher=launcher)
-    first.__class__ = dying
-    with pytest.raises(killed):
-        first.run()
+    with pytest.raises(Killed):
+        die_at(controller(study, home, launcher=launcher), ledger.SUBMITTED, 2).run()
     controller(study, home, launcher=launcher).run()
     assert launcher.most_alive == 2
 
 
 def test_a_result_that_vanished_before_it_was_told_is_an_error_with_its_place(home):
     study = tiny_study(trials=1, confirm=None)
-    dying, killed = kill_at(home, ledger.ENDED, 1)
-    first = controller(study, home)
-    first.__class__ = dying
-    with pytest.raises(killed):
+    first = die_at(controller(study, home), ledger.ENDED)
+    with pytest.raises(Killed):
         first.run()
     (run_id,) = first.state.run_ids
     home.run(run_id).attempt(1).result.unlink()
@@ -103,7 +107,7 @@ def test_a_result_that_vanished_before_it_was_told_is_an_error_with_its_place(ho
 
 @pytest.mark.parametrize("left", ["nothing", "result", "stop"])
 def test_processes_that_do_not_leave_in_time_are_ended(home, monkeypatch, left):
-    monkeypatch.setattr(sweep, "LEAVE_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "LEAVE_SECONDS", 0.0)
 
     class Orphaned(FakeLauncher):
         def is_alive(self, attempt, *, tag):
@@ -119,14 +123,14 @@ def test_processes_that_do_not_leave_in_time_are_ended(home, monkeypatch, left):
             self.alive.clear()
 
     study = tiny_study(trials=1, confirm=None, resources="timeout_minutes = 0.001\nmax_attempts = 1")
-    launcher = Orphaned()
+    launcher, listener = Orphaned(), Listener()
     if left == "nothing":
         with pytest.raises(StudyFailed, match="none of its 1 trials completed: infrastructure"):
-            controller(study, home, launcher=launcher).run()
+            controller(study, home, launcher=launcher, listener=listener).run()
     else:
-        state = controller(study, home, launcher=launcher).run()
+        state = controller(study, home, launcher=launcher, listener=listener).run()
         assert state.closed == {"result": "finished", "stop": "stopped"}[left]
-    assert launcher.cancelled
+    assert launcher.cancelled and any("did not leave and are ended" in note for note in listener.notes)
 
 
 def test_a_real_job_whose_trainer_is_killed_is_run_again(home):
@@ -134,3 +138,75 @@ def test_a_real_job_whose_trainer_is_killed_is_run_again(home):
     state = controller(tiny_study(trials=1, confirm=None), home, launcher=LocalLauncher(), poll_seconds=0.02).run()
     assert [(a.status, a.failure) for a in state.attempts.values()] == [("failed", INFRASTRUCTURE), ("complete", None)]
 
+
+@pytest.mark.parametrize("reason", [ledger.CANCELLED, ledger.MEDIAN])
+def test_a_stop_that_was_decided_and_not_yet_asked_for_is_asked_for_after_a_restart(home, reason):
+    launcher, study = FakeLauncher(polls=500), tiny_study(trials=1, confirm=None)
+    with pytest.raises(Killed):
+        die_at(controller(study, home, launcher=launcher), ledger.SUBMITTED).run()
+    book = ledger.Ledger(home.study("tiny").ledger)
+    (attempt,) = book.state().attempts.values()
+    book.append(ledger.STOP_ASKED, run_id=attempt.run_id, attempt=1, reason=reason)
+    stop = home.run(attempt.run_id).attempt(1).stop
+    again = controller(study, home, launcher=launcher)
+    if reason == ledger.MEDIAN:
+        with pytest.raises(StudyFailed, match="none of its 1 trials completed: stopped early"):
+            again.run()
+    else:
+        assert [a.status for a in again.run().attempts.values()] == ["stopped", "complete"]
+    assert stop.exists()
+
+
+def test_a_stop_is_asked_for_once_and_keeps_its_first_reason_and_its_time(home):
+    launcher, study = FakeLauncher(polls=500), tiny_study(trials=1, confirm=None)
+    first = die_at(controller(study, home, launcher=launcher), ledger.SUBMITTED)
+    with pytest.raises(Killed):
+        first.run()
+    again = controller(study, home, launcher=launcher)
+    again.ledger.open()
+    (attempt,) = again.attempts.open
+    for reason in (ledger.MEDIAN, ledger.CANCELLED):
+        again.attempts.stop(attempt, reason)
+    assert attempt.stop_reason == ledger.MEDIAN
+    stop = home.run(attempt.run_id).attempt(1).stop
+    asked = stop.stat().st_mtime_ns
+    again.attempts.reattach()
+    assert stop.stat().st_mtime_ns == asked
+
+
+def test_a_run_that_another_study_has_just_submitted_is_not_started_beside_it(home, monkeypatch):
+    monkeypatch.setattr(attempts, "BEGIN_SECONDS", 60.0)
+    study = tiny_study(trials=1, confirm=None)
+    one = controller(study, home)
+    one.ledger.open()
+    run = one._plan(ledger.Trial(number=0, origin="preset", params=FakeSearch().point(0), runs={}), 1)
+    assert not one.attempts.is_elsewhere(run)
+    other = run.attempt(1)
+    other.scheduler.mkdir(parents=True)
+    assert one.attempts.is_elsewhere(run)
+    protocol.write_result(other.result, scored(run, other, protocol.read_spec(run.spec)))
+    assert not one.attempts.is_elsewhere(run)
+
+
+def test_a_full_disk_is_never_a_trials_failure_and_the_same_command_goes_on(home):
+    behaviours = {(1, 1): failed(DISK, "checkpoint: cannot be written: No space left on device")}
+    study = tiny_study(slots=1)
+    launcher = FakeLauncher(behaviours=behaviours)
+    with pytest.raises(StorageError, match="attempt 1: checkpoint: cannot be written: No space") as caught:
+        controller(study, home, launcher=launcher).run()
+    assert (caught.value.exit_code, "same command" in caught.value.hint) == (6, True)
+    state = controller(study, home).run()
+    assert [trial.state for trial in state.trials.values()] == ["complete"] * 4
+    assert [a.failure for a in state.attempts_of(state.trials[0].runs[1])] == [DISK, None]
+
+
+def test_a_disk_that_was_full_when_nobody_looked_does_not_end_the_next_controller(home):
+    launcher, study = FakeLauncher(polls=500), tiny_study(trials=1, confirm=None)
+    with pytest.raises(Killed):
+        die_at(controller(study, home, launcher=launcher), ledger.SUBMITTED).run()
+    ((run_id, _, tag),) = launcher.submitted
+    run = home.run(run_id)
+    protocol.write_result(run.attempt(1).result, failed(DISK)(run, run.attempt(1), protocol.read_spec(run.spec)))
+    del launcher.alive[tag]
+    state = controller(study, home).run()
+    assert [a.failure for a in state.attempts.values()] == [DISK, None] and state.closed == "finished"

@@ -1,3 +1,13 @@
+import os
+import signal
+
+import pytest
+from fakes import FakeLauncher, Listener, tiny_study
+from make_controller import controller
+
+from orchestrator.errors import Interrupted
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_leaves_the_jobs_running_and_says_how_to_go_on(home, number):
     class Signalled(FakeLauncher):
@@ -15,4 +25,3 @@ def test_a_first_signal_leaves_the_jobs_running_and_says_how_to_go_on(home, numb
     launcher.__class__ = FakeLauncher
     assert controller(tiny_study(slots=1), home, launcher=launcher).run().closed == "finished"
     assert len(launcher.submitted) == 8
-

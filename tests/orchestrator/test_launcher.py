@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 from fakes import FAKE_BUNDLE, MANIFEST, subprocess_environment, write_plans
 
 from orchestrator import worker
-from orchestrator.errors import MachineError
+from orchestrator.errors import MachineError, StorageError
 from orchestrator.home import Home
 from orchestrator.launcher import LocalLauncher
 from orchestrator.runs import RunRequest, RunStore
@@ -60,7 +61,7 @@ def test_a_job_is_alive_until_its_result_and_leaves_no_zombie(run, tag):
     assert protocol.read_result(attempt.result).status == protocol.COMPLETE
     until(lambda: not launcher.is_alive(attempt, tag=tag) and job_id not in {job.job_id for job in launcher.jobs})
     assert worker.started_ticks(int(job_id)) is None
-    assert launcher.find(tag) is None
+    assert launcher.find(attempt, tag=tag) is None
 
 
 def test_the_gpus_of_the_slot_are_the_only_ones_that_the_trainer_sees(run, tag):
@@ -74,9 +75,9 @@ def test_a_job_is_found_by_its_tag_and_ends_when_it_is_cancelled(run, tag):
     write_plans(Home(run.root.parent.parent), {"*": {"mode": "deaf", "step_seconds": 60}})
     launcher, attempt = LocalLauncher(), run.attempt(1)
     launcher.submit(run, 1, tag=tag, resources=resources())
-    assert launcher.find(tag + "0") is None
+    assert launcher.find(attempt, tag=tag + "0") is None
     until(lambda: (attempt.root / "trainer.pid").exists())
-    assert launcher.find(tag) is not None
+    assert launcher.find(attempt, tag=tag) is not None
     trainer = int((attempt.root / "trainer.pid").read_text())
     launcher.cancel(tag)
     until(lambda: not launcher.is_alive(attempt, tag=tag))
@@ -91,7 +92,9 @@ def test_a_trainer_whose_worker_was_killed_still_counts_as_alive(run, tag):
     os.kill(worker.read_claim(attempt).pid, signal.SIGKILL)
     until(lambda: not worker.is_live(worker.read_claim(attempt)))
     assert launcher.is_alive(attempt, tag=tag)
-    assert not launcher.is_alive(attempt, tag=None)
+    assert launcher.is_alive(attempt, tag=None)
+    launcher.cancel(tag)
+    until(lambda: not launcher.is_alive(attempt, tag=None))
 
 
 @pytest.mark.parametrize("end", ["kill -9 of the controller", "Ctrl-C in its terminal", "closing its terminal"])
@@ -112,6 +115,34 @@ def test_jobs_survive_the_end_of_their_controller(run, tag, end):
     assert protocol.read_result(run.attempt(1).result).status == protocol.COMPLETE
 
 
+def test_a_job_whose_submitter_was_killed_before_it_gave_it_its_task_is_ended_and_not_found(run, tag):
+    launcher, attempt = LocalLauncher(), run.attempt(1)
+    attempt.scheduler.mkdir(parents=True)
+    job = subprocess.Popen(["sleep", "60"], env={**os.environ, "CADDIE_JOB_TAG": tag})
+    until(lambda: launcher.is_alive(attempt, tag=tag))
+    assert launcher.find(attempt, tag=tag) is None
+    assert job.wait(timeout=20) == -signal.SIGKILL
+
+
+def test_a_job_that_has_its_task_is_found_before_its_worker_has_begun(run, tag):
+    launcher, attempt = LocalLauncher(), run.attempt(1)
+    attempt.scheduler.mkdir(parents=True)
+    (attempt.scheduler / "7_submitted.pkl").write_text("")
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, "CADDIE_JOB_TAG": tag}) as job:
+        until(lambda: launcher.find(attempt, tag=tag) == str(job.pid))
+        job.kill()
+
+
+def test_a_full_disk_at_a_submission_is_a_storage_error(run, tag, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("submitit.LocalExecutor.submit", refuse)
+    with pytest.raises(StorageError, match="scheduler: cannot be written: No space left") as caught:
+        LocalLauncher().submit(run, 1, tag=tag, resources=resources())
+    assert caught.value.exit_code == 6 and "run the command again" in caught.value.hint
+
+
 def test_a_submission_that_was_cut_off_is_made_anew_in_a_fresh_folder(run, tag):
     left = run.attempt(1).scheduler / "left_over_submission.pkl"
     left.parent.mkdir(parents=True)
@@ -127,3 +158,17 @@ def test_a_job_that_cannot_be_started_is_an_error_of_the_machine(run, tag):
     with pytest.raises(MachineError, match="the job could not be started") as caught:
         LocalLauncher().submit(run, 1, tag=tag, resources=resources())
     assert "same command again" in caught.value.hint
+
+
+def test_a_job_does_not_hold_the_pipes_of_its_controller(run, tag):
+    write_plans(Home(run.root.parent.parent), {"*": {"mode": "deaf", "step_seconds": 60}})
+    code = SUBMIT.replace("time.sleep(60)", "")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.root), tag],
+        env=subprocess_environment(),
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )  # would wait for the job's end
+    assert done.stdout == b"submitted\n"
+    assert LocalLauncher().is_alive(run.attempt(1), tag=tag)

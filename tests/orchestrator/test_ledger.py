@@ -1,8 +1,13 @@
+import subprocess
+import sys
+
 import pytest
+from fakes import subprocess_environment
 
 from orchestrator import ledger
 from orchestrator.errors import ProtocolError, StorageError
-from orchestrator.ledger import Ledger, StudyState, Trial
+from orchestrator.ledger import Attempt, Ledger, OpenLedger, StudyState, Trial
+from trainer.protocol import read_lines
 
 
 def ask(book, number, **params):
@@ -100,3 +105,82 @@ def test_a_ledger_that_cannot_be_written_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         Ledger(tmp_path / "file" / "ledger.jsonl").append(ledger.CLOSED, reason="x")
+
+
+APPEND = """
+import resource, signal, sys
+from pathlib import Path
+from orchestrator.errors import StorageError
+from orchestrator.ledger import CLOSED, Ledger
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+path = Path(sys.argv[1])
+book = Ledger(path)
+book.append(CLOSED, reason="first")
+resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, resource.RLIM_INFINITY))
+try:
+    book.append(CLOSED, reason="second")
+except StorageError as error:
+    print(error, error.hint)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+book.append(CLOSED, reason="third")
+"""
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_line_leaves_no_part_of_it(tmp_path):
+    """A limit on the file's size cuts a write short as a full disk does."""
+    path = tmp_path / "ledger.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", APPEND, str(path)],
+        env=subprocess_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "No space left on device" in done.stdout and "run the command again" in done.stdout
+    assert [record["reason"] for _, record in read_lines(path)] == ["first", "third"]
+    assert path.read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([], ledger.WANTED),
+        ([None], ledger.ACTIVE),
+        ([("complete", None, None)], ledger.SETTLED),
+        ([("failed", "code", None)], ledger.SETTLED),
+        ([("failed", "infrastructure", None)], ledger.WANTED),
+        ([("failed", "infrastructure", None)] * 2, ledger.SETTLED),
+        ([("failed", "disk", None)] * 9, ledger.WANTED),
+        ([("stopped", None, ledger.CANCELLED)] * 9, ledger.WANTED),
+        ([("stopped", None, ledger.MEDIAN)], ledger.SETTLED),
+        ([("failed", "infrastructure", None), ("complete", None, None)], ledger.SETTLED),
+    ],
+)
+def test_a_run_is_wanted_again_after_what_was_not_its_own_fault(ends, expected):
+    attempts = {}
+    for number, end in enumerate(ends, start=1):
+        status, failure, reason = end or (None, None, None)
+        attempts["r", number] = Attempt(
+            run_id="r", number=number, tag="t", resources={}, submitted=0.0,
+            status=status, failure=failure, stop_reason=reason,
+        )  # fmt: skip
+    assert StudyState(attempts=attempts).standing("r", max_attempts=2) == expected
+
+
+def test_an_open_ledger_holds_the_state_that_a_replay_would_give(tmp_path):
+    book = OpenLedger(tmp_path / "ledger.jsonl")
+    book.open()
+    book.decide(ledger.OPENED, source="text", digest="d", identity={}, caddie="0")
+    book.decide(ledger.TRIAL_ASKED, trial=0, origin=ledger.BY_PRESET, params={"a": 1}, runs={1: "r"})
+    assert book.now == book.state() and book.decisions == 2
+    with book.path.open("a") as file:
+        file.write('{"kind": "trial_to')
+    again = OpenLedger(book.path)
+    again.open()
+    assert again.now == book.now and again.decisions == 0
+    assert book.path.read_bytes().endswith(b"\n")
+
+
+def test_what_is_not_on_disk_has_not_been_decided(tmp_path):
+    (tmp_path / "file").write_text("")
+    book = OpenLedger(tmp_path / "file" / "ledger.jsonl")
+    with pytest.raises(StorageError):
+        book.decide(ledger.CLOSED, reason=ledger.HALTED)
+    assert (book.now.closed, book.decisions) == (None, 0)

@@ -17,6 +17,20 @@ with lock.held(Path(sys.argv[1])):
     time.sleep(60)
 """
 
+NO_ROOM = """
+import resource, signal, sys
+from pathlib import Path
+from orchestrator import lock
+from orchestrator.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+try:
+    with lock.held(Path(sys.argv[1])):
+        pass
+except StorageError as error:
+    print(error)
+"""
+
 
 def test_a_second_controller_is_told_who_holds_the_study(tmp_path):
     path = tmp_path / "wd" / "controller.lock"
@@ -56,3 +70,14 @@ def test_a_lock_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"), lock.held(tmp_path / "file" / "lock"):
         pass
+
+
+def test_a_lock_that_cannot_be_written_is_a_storage_error_and_is_let_go(tmp_path):
+    """A limit on the size of files fails as a full disk does: when the name is written, not when the file is opened."""
+    path = tmp_path / "wd" / "controller.lock"
+    done = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(path)],
+        env=subprocess_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "controller.lock: cannot be written" in done.stdout and done.stderr == ""
+    assert lock.holder(path) is None

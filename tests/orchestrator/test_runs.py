@@ -89,16 +89,23 @@ def test_without_a_complete_attempt_the_latest_stands(store, run):
     assert store.deciding_attempt(run.run_id).number == 10
 
 
+def test_an_attempt_that_was_moved_away_is_no_attempt(store, run):
+    end(run, 2, protocol.FAILED)
+    end(run, 10, protocol.FAILED)
+    run.attempt(2).root.rename(run.attempt(2).root.with_name("2.damaged"))
+    assert [attempt.number for attempt in run.attempts()] == [10]
+
+
 def test_events_are_read_on_from_an_offset_and_a_damaged_line_is_refused(store, run):
     attempt = run.attempt(1)
     events = protocol.EventLog(attempt.events)
     events.metrics(1, 0.1, train_loss=3.0)
     ((offset, first),) = store.events(attempt)
-    assert protocol.metric_of(first, protocol.TRAIN_LOSS) == (1, 3.0)
-    assert protocol.metric_of(first, "grad_norm") is None
+    assert protocol.values_of(first, protocol.TRAIN_LOSS) == [3.0]
+    assert protocol.values_of(first, protocol.TRAIN_LOSS, "grad_norm") is None
     events.emit(protocol.PHASE, name="train")
     ((_, second),) = store.events(attempt, offset)
-    assert protocol.metric_of(second, protocol.TRAIN_LOSS) is None
+    assert protocol.values_of(second, protocol.TRAIN_LOSS) is None
     with attempt.events.open("a") as file:
         file.write("}{\n")
     with pytest.raises(ProtocolError, match="not a JSON object"):

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from fakes import (
-    FAKE_BUNDLE,
-    MANIFEST,
     FakeLauncher,
     FakeSearch,
     Listener,
@@ -21,30 +18,17 @@ from fakes import (
     tiny_study,
     write_plans,
 )  # fmt: skip
+from make_controller import Killed, controller, die_at, fill_disk_at, records
 
-from orchestrator import ledger, lock, sweep
-from orchestrator.errors import ConfigError, Interrupted, ProtocolError, StudyBusy, StudyFailed
+from orchestrator import ledger, lock
+from orchestrator.errors import StorageError, StudyBusy, StudyFailed
 from orchestrator.home import Home
 from orchestrator.launcher import LocalLauncher
 from orchestrator.ledger import Ledger
 from orchestrator.search import Search
 from orchestrator.study import parse_study, record_study
-from orchestrator.sweep import Controller, identity_of
 from trainer import protocol
 from trainer.protocol import CODE, INFRASTRUCTURE, NOT_FINITE, OVER_CAP
-
-STOP_EARLY = "[stop_early]\nat_fracs = [0.5]\nstartup_trials = 2"
-
-
-
-
-
-
-
-
-
-
-
 
 # ------------------------------------------------------------------------------------------------ the whole way
 
@@ -156,10 +140,6 @@ def test_a_result_that_another_study_left_is_reused(home):
     assert all(trial.value is not None for trial in state.trials.values())
 
 
-
-
-
-
 def test_failures_of_the_machine_are_told_once_their_attempts_are_used_up(home):
     launcher = FakeLauncher(behaviours={(1, 1): failed(INFRASTRUCTURE), (1, 2): failed(INFRASTRUCTURE)})
     study = tiny_study(trials=2, confirm=None, resources="max_attempts = 2")
@@ -194,13 +174,23 @@ def test_an_artifact_over_the_cap_is_complete_and_never_the_best(home):
     assert state.best.number == 2
 
 
-
-
 def test_a_point_that_makes_no_configuration_is_told_without_a_run(home):
     def point(number):
         return {**FakeSearch().point(number), "evaluation.stride": 64 if number != 1 else 65}
 
     state = controller(tiny_study(confirm=None), home, search=FakeSearch(point=point)).run()
+    assert (state.trials[1].state, state.trials[1].runs) == ("failed", {})
+    assert state.trials[1].reason.startswith("config: ") and "65" in state.trials[1].reason
+
+
+def test_a_point_that_makes_no_configuration_is_told_after_a_kill_too(home):
+    def point(number):
+        return {**FakeSearch().point(number), "evaluation.stride": 64 if number != 1 else 65}
+
+    study = tiny_study(confirm=None)
+    with pytest.raises(Killed):
+        die_at(controller(study, home, search=FakeSearch(point=point)), ledger.TRIAL_ASKED, 2).run()
+    state = controller(study, home, search=FakeSearch(point=point)).run()
     assert (state.trials[1].state, state.trials[1].runs) == ("failed", {})
     assert state.trials[1].reason.startswith("config: ") and "65" in state.trials[1].reason
 
@@ -250,20 +240,7 @@ def test_a_record_attempt_of_which_nothing_completed_is_a_failure(home):
         controller(study, home, launcher=launcher).run()
 
 
-# ------------------------------------------------------------------------------------------------ stopping early
-
-
-
-
-
-
-
-
-
-
 # ------------------------------------------------------------------------------------------------ leaving and coming back
-
-
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -274,11 +251,8 @@ def test_a_controller_killed_after_any_decision_is_continued_without_loss_or_rep
     if (kind, count) in ((ledger.OPENED, 3), (ledger.ARM_ASKED, 3)):
         count = 1
     launcher, study = FakeLauncher(), tiny_study()
-    dying, killed = kill_at(home, kind, count)
-    first = controller(study, home, launcher=launcher)
-    first.__class__ = dying
-    with pytest.raises(killed):
-        first.run()
+    with pytest.raises(Killed):
+        die_at(controller(study, home, launcher=launcher), kind, count).run()
     state = controller(study, home, launcher=launcher).run()
     assert len(state.trials) == 4 and state.closed == "finished"
     runs = [run for run, _, _ in launcher.submitted]
@@ -289,12 +263,21 @@ def test_a_controller_killed_after_any_decision_is_continued_without_loss_or_rep
     assert len(asked) == len(set(asked))
 
 
-
-
-
-
-
-
+def test_a_disk_that_is_full_at_any_decision_ends_the_controller_and_nothing_is_lost(tmp_path):
+    study = tiny_study(trials=2, confirm="[42]")
+    whole = Home(tmp_path / "whole")
+    controller(study, whole).run()
+    expected = [trial.params for trial in Ledger(whole.study("tiny").ledger).state().trials.values()]
+    for number in range(len(records(whole))):
+        home, launcher = Home(tmp_path / str(number)), FakeLauncher()
+        with pytest.raises(StorageError, match="ledger.jsonl: cannot be written: No space left") as caught:
+            fill_disk_at(controller(study, home, launcher=launcher), number).run()
+        assert (caught.value.exit_code, "run the command again" in caught.value.hint) == (6, True)
+        state = controller(study, home, launcher=launcher).run()
+        assert [trial.params for trial in state.trials.values()] == expected and state.closed == "finished"
+        runs = [run for run, _, _ in launcher.submitted]
+        assert len(runs) == len(set(runs)) == len(state.run_ids)
+        assert [a.status for a in state.attempts.values()] == ["complete"] * len(runs)
 
 
 def test_a_torn_last_line_of_the_ledger_is_dropped(home):
@@ -305,8 +288,6 @@ def test_a_torn_last_line_of_the_ledger_is_dropped(home):
     assert len(controller(tiny_study(trials=2), home).run().trials) == 2
 
 
-
-
 def test_a_second_controller_of_the_study_is_refused(home):
     listener = Listener()
     with lock.held(home.study("tiny").lock), pytest.raises(StudyBusy, match=f"process {os.getpid()}"):
@@ -314,20 +295,12 @@ def test_a_second_controller_of_the_study_is_refused(home):
     assert listener.closed == 2
 
 
-
-
-
-
 def test_total_slots_limits_of_time_and_confirmation_may_change(home):
     controller(tiny_study(trials=2), home).run()
     changed = tiny_study(trials=3, slots=1, confirm="[5]", resources="timeout_minutes = 5")
     state = controller(changed, home).run()
     assert len(state.trials) == 3 and list(state.arms["preset"].runs) == [5]
-    assert kinds(home).count(ledger.OPENED) == 2
-
-
-
-
+    assert [r["kind"] for r in records(home)].count(ledger.OPENED) == 2
 
 
 class Asking(FakeLauncher):
@@ -361,10 +334,6 @@ def test_a_stop_that_was_meant_for_an_earlier_controller_is_forgotten(home):
     home.study("tiny").root.mkdir(parents=True)
     home.study("tiny").stop.write_text("drain")
     assert controller(tiny_study(), home).run().closed == "finished"
-
-
-
-
 
 
 # ------------------------------------------------------------------------------------------------ real processes
@@ -427,13 +396,9 @@ def test_a_controller_that_is_killed_twice_ends_with_the_same_total_and_nothing_
     assert starts == [1] * len(runs)
 
 
-
-
 def test_real_search_and_real_jobs_make_a_study(home):
     study = tiny_study(trials=3, confirm="[42]")
     search = Search(study, home.study("tiny").optuna_journal)
     state = controller(study, home, launcher=LocalLauncher(), search=search, poll_seconds=0.02).run()
     assert state.closed == "finished" and state.best.value == min(t.value for t in state.trials.values())
     assert home.study("tiny").optuna_journal.exists()
-
-

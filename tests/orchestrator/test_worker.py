@@ -190,7 +190,7 @@ def test_a_trainer_that_does_not_leave_after_its_result_is_ended(run):
     began = time.monotonic()
     assert attempt_with(run, "lingers").status == protocol.COMPLETE
     assert time.monotonic() - began < 30
-    assert not worker.tagged_processes(worker.TRAINER_TAG, f"{run.root}/1")
+    assert not worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(run.attempt(1)))
 
 
 def test_an_attempt_that_was_stopped_before_it_began_does_not_begin(run):
@@ -241,7 +241,7 @@ raise SystemExit(1)
     other = RunStore(Home(tmp_path)).plan(request, bundle=bundle, code={})
     worker.run_attempt(str(other.root), 1, 1, "", 60.0)
     deadline = time.monotonic() + 10
-    while worker.tagged_processes(worker.TRAINER_TAG, f"{other.root}/1"):
+    while worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(other.attempt(1))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

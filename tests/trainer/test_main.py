@@ -59,6 +59,20 @@ def test_phases_follow_one_another_on_one_clock(finished):
             open_phase = None
 
 
+def test_every_step_says_how_much_of_its_schedule_is_used_up(finished):
+    assert metrics_of(finished[1], protocol.ELAPSED_FRAC) == {step: step / 12 for step in range(1, 13)}
+
+
+def test_by_the_clock_of_time_it_is_the_part_of_the_seconds(tmp_path, data):
+    limits = {"limits__train_seconds": 3.0, "limits__reserve_seconds": 1.0}
+    attempt = execute(plan(tmp_path, data, micro_config(schedule__clock="time", schedule__steps=10_000, **limits)))
+    metrics = [event for _, event in read_lines(attempt.events) if protocol.values_of(event, protocol.TRAIN_LOSS)]
+    assert len(metrics) == result_of(attempt).steps < 10_000
+    for event in metrics:
+        assert event["values"][protocol.ELAPSED_FRAC] == pytest.approx(event["train_seconds"] / 2.0, abs=1e-4)
+    assert metrics[-1]["values"][protocol.ELAPSED_FRAC] > 0.8
+
+
 def test_recurrence_comes_on_at_its_fraction(finished):
     on = [e for _, e in read_lines(finished[1].events) if e.get("name") == "recurrence"]
     assert [(e["step"], e["layers"]) for e in on] == [(6, [0, 1, 2, 3, 2, 3, 4, 5])]

@@ -1,60 +1,23 @@
 import json
 import multiprocessing
 import shutil
-import sqlite3
-import threading
 from pathlib import Path
 
 import pytest
+from make_mlflow import NAME, count_metric_points, points, runs_by_key
 from make_study import Maker, confirm, make_record, make_study, sampled_params, search, spec_of, with_event_line
 
 from orchestrator import ledger
 from orchestrator.errors import StorageError
 from orchestrator.evidence import gather
 from orchestrator.home import Home
+from orchestrator.mirror import Mirror, rebuild, sync_all, view_paths
 from orchestrator.report import write_report
-from orchestrator.tracking import BackgroundMirror, Mirror, rebuild, sync_all, view_paths
+from orchestrator.tracking import MlflowStore
 from trainer import protocol
 
-NAME = "wd-qk-ttt-smoke"
 # SQLAlchemy 2.1 tells MLflow, on its first use, of an option that it should leave.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory):
-    """MLflow's schema, made once: it takes more than a second."""
-    home = Home(tmp_path_factory.mktemp("mlflow"))
-    sync_all(home)
-    return home.mlflow_database
-
-
-@pytest.fixture
-def in_home(empty_database):
-    """Puts the empty schema into a home."""
-
-    def put(home):
-        shutil.copyfile(empty_database, home.mlflow_database)
-        return home
-
-    return put
-
-
-def runs_by_key(home, name=NAME):
-    client = Mirror(home).client
-    experiment = client.get_experiment_by_name(name)
-    return {
-        run.data.tags["caddie.key"]: run for run in client.search_runs([experiment.experiment_id], max_results=1000)
-    }
-
-
-def points(home, run, name):
-    return [(p.step, p.timestamp, p.value) for p in Mirror(home).client.get_metric_history(run.info.run_id, name)]
-
-
-def count_metric_points(home):
-    with sqlite3.connect(home.mlflow_database) as connection:
-        return connection.execute("SELECT count(*) FROM metrics").fetchone()[0]
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +135,7 @@ def test_the_search_is_a_curve_of_the_study_run(mirrored):
 
 def test_artifacts_are_the_files_of_the_run_and_of_the_report(mirrored):
     home, runs = mirrored
-    client = Mirror(home).client
+    client = MlflowStore(home).client
     seed = {file.path for file in client.list_artifacts(runs["trial/0/seed/1"].info.run_id)}
     assert seed == {"spec.json", "train_gpt.py", "result.json", "events.jsonl"}
     report = {file.path for file in client.list_artifacts(runs["study"].info.run_id, "report")}
@@ -181,12 +144,12 @@ def test_artifacts_are_the_files_of_the_run_and_of_the_report(mirrored):
 
 def test_the_experiment_has_a_description_and_a_view_with_the_studys_columns(mirrored):
     home, _ = mirrored
-    experiment = Mirror(home).client.get_experiment_by_name(NAME)
+    experiment = MlflowStore(home).client.get_experiment_by_name(NAME)
     view = json.loads(experiment.tags["mlflow.sharedViewState.caddie"])
     assert "params.`optim.muon_weight_decay`" in view["selectedColumns"]
     assert view["orderByKey"] == "metrics.`final/ttt_bpb`"
     assert experiment.tags["mlflow.note.content"].startswith("Do Muon's weight decay")
-    found = Mirror(home).client.search_runs([experiment.experiment_id], view["searchFilter"])
+    found = MlflowStore(home).client.search_runs([experiment.experiment_id], view["searchFilter"])
     assert {run.data.tags["caddie.level"] for run in found} == {"trial", "arm"}
     assert view_paths(home) == {
         NAME: f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=caddie&workflowType=machine_learning"
@@ -206,7 +169,9 @@ def test_a_mirror_killed_between_metrics_and_their_end_repeats_no_point(tmp_path
     home = in_home(make_study(tmp_path, stage="searched", trials=1))
     Mirror(home).sync(NAME)
     before, run = count_metric_points(home), runs_by_key(home)["trial/0/seed/1"]
-    Mirror(home).client.delete_tag(run.info.run_id, "caddie.mirrored")  # as if the kill had come before the last tag
+    MlflowStore(home).client.delete_tag(
+        run.info.run_id, "caddie.mirrored"
+    )  # as if the kill had come before the last tag
     Mirror(home).sync(NAME)
     assert count_metric_points(home) == before
 
@@ -253,6 +218,19 @@ def test_a_failed_attempt_that_will_be_repeated_leaves_the_run_running(tmp_path,
     mirror.sync(NAME)
     found = runs_by_key(home)["trial/0/seed/1"]
     assert (found.info.status, found.data.tags["caddie.attempt"]) == ("FINISHED", "2")
+
+
+@pytest.mark.parametrize("end", ["full disk", "cancelled"])
+def test_a_run_that_the_next_controller_attempts_again_is_left_running(tmp_path, in_home, end):
+    maker = Maker(tmp_path)
+    [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
+    if end == "cancelled":
+        maker.stop(run, ledger.CANCELLED)
+    else:
+        maker.fail(run, protocol.DISK, "checkpoint: cannot be written: No space left on device")
+    home = in_home(maker.home)
+    Mirror(home).sync(NAME)
+    assert runs_by_key(home)["trial/0/seed/1"].info.status == "RUNNING"
 
 
 def test_a_run_whose_worker_died_without_a_result_fails_by_the_ledger(tmp_path, in_home):
@@ -360,9 +338,9 @@ def test_a_deleted_experiment_comes_back(tmp_path, in_home):
     home = in_home(make_record(tmp_path))
     mirror = Mirror(home)
     mirror.sync("record-smoke")
-    mirror.client.delete_experiment(mirror.client.get_experiment_by_name("record-smoke").experiment_id)
+    mirror.store.client.delete_experiment(mirror.store.client.get_experiment_by_name("record-smoke").experiment_id)
     Mirror(home).sync("record-smoke")
-    assert mirror.client.get_experiment_by_name("record-smoke").lifecycle_stage == "active"
+    assert mirror.store.client.get_experiment_by_name("record-smoke").lifecycle_stage == "active"
 
 
 # ── rebuild ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -379,7 +357,7 @@ def test_a_rebuild_makes_the_same_runs_and_keeps_the_old_database_beside(tmp_pat
     }
     assert {run.info.run_id for run in after.values()}.isdisjoint(run.info.run_id for run in before.values())
     assert home.mlflow_previous.exists()
-    files = Mirror(home).client.list_artifacts(after["arm/preset/seed/42"].info.run_id)
+    files = MlflowStore(home).client.list_artifacts(after["arm/preset/seed/42"].info.run_id)
     assert len(files) == 4
     folders = {path.name for path in home.mlflow_artifacts.glob("*/*")}
     assert folders <= {run.info.run_id for run in after.values()}
@@ -414,73 +392,3 @@ def test_a_parallel_first_start_leaves_one_whole_database(tmp_path):
         start.join(100)
     assert [start.exitcode for start in starts] == [0, 0]
     assert len(runs_by_key(home, "record-smoke")) == 5
-
-
-# ── in the background ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class FakeMirror:
-    """Counts passes; fails while told so."""
-
-    def __init__(self, failures=0, problems=()):
-        self.passes, self.failures, self.problems = 0, failures, list(problems)
-        self.passed = threading.Event()
-
-    def sync(self, study_name):
-        self.passes += 1
-        self.passed.set()
-        if self.passes <= self.failures:
-            raise RuntimeError("database is locked\nand more")
-        return self.problems
-
-
-@pytest.fixture
-def opened(tmp_path):
-    """A home with an opened study."""
-    return Maker(tmp_path).home
-
-
-def test_a_study_that_is_not_opened_yet_is_no_problem(tmp_path):
-    mirror = FakeMirror(failures=9)
-    background = BackgroundMirror(Home(tmp_path), NAME, mirror=mirror)
-    background.close()
-    assert (background.problem, mirror.passes) == (None, 0)
-
-
-def test_closing_mirrors_a_last_time(tmp_path, in_home):
-    home = in_home(make_record(tmp_path))
-    background = BackgroundMirror(home, "record-smoke")
-    background.close(timeout=60)
-    assert background.problem is None
-    assert runs_by_key(home, "record-smoke")["study"].info.status == "FINISHED"
-
-
-def test_a_nudge_mirrors_without_waiting_for_the_pause(opened):
-    mirror = FakeMirror()
-    background = BackgroundMirror(opened, NAME, mirror=mirror)
-    background.nudge()
-    assert mirror.passed.wait(BackgroundMirror.PAUSE_SECONDS / 2)
-    background.close()
-    assert mirror.passes == 2
-
-
-def test_a_failure_of_mlflow_is_kept_in_one_line_and_never_raised(opened):
-    background = BackgroundMirror(opened, NAME, mirror=FakeMirror(failures=9))
-    background.close()
-    assert background.problem == "database is locked"
-
-
-def test_what_could_not_be_read_is_told(opened):
-    background = BackgroundMirror(opened, NAME, mirror=FakeMirror(problems=["events.jsonl: byte 3: ..."]))
-    background.close()
-    assert background.problem == "events.jsonl: byte 3: ..."
-
-
-def test_a_mirror_that_hangs_does_not_hold_the_controller(opened):
-    blocked = threading.Event()
-    mirror = FakeMirror()
-    mirror.sync = lambda name: blocked.wait(60) and []
-    background = BackgroundMirror(opened, NAME, mirror=mirror)
-    background.close(timeout=0.05)
-    blocked.set()
-    assert "did not end within 0.05 s" in background.problem
