@@ -192,7 +192,7 @@ class Attempts:
     def _result_of_lost(self, attempt: Attempt) -> Result:
         """A result for an attempt that nobody is left to write one for."""
         files, run = self._files_of(attempt), self.home.run(attempt.run_id)
-        seed = protocol.read_spec(run.spec).seed
+        seed = protocol.read_spec(run.spec).seed if run.spec.exists() else 0  # deleted under way: planned again
         if attempt.stop_reason is not None:
             return Result(run_id=attempt.run_id, attempt=attempt.number, status=protocol.STOPPED, seed=seed)
         failure = failure_of_lost(files)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ProtocolError
-from trainer.protocol import DISK, RETRYABLE, STOPPED, append_line, read_lines, storage_error
+from trainer.protocol import DATA, DISK, RETRYABLE, STOPPED, append_line, read_lines, storage_error
 
 # Kinds of record. Each record carries `kind` and `time` (unix seconds).
 OPENED = "opened"  # source (the study file's text), digest, identity {what: hash}, caddie (version)
@@ -34,6 +34,9 @@ PRESET_ARM, BEST_ARM = "preset", "best"  # arm
 MEDIAN, CANCELLED = "median", "cancelled"  # reason for which an attempt is stopped
 FINISHED, HALTED, BROKEN = "finished", "stopped", "failed"  # reason for which a study is closed
 
+TO_MEND = frozenset(
+    {DISK, DATA}
+)  # failures that say nothing of the trial and that no other attempt escapes: people mend them
 WANTED, ACTIVE, SETTLED = "wanted", "active", "settled"  # a run needs an attempt, has one, needs no more
 
 
@@ -131,8 +134,8 @@ class StudyState:
     def standing(self, run_id: str, *, max_attempts: int) -> str:
         """WANTED, ACTIVE or SETTLED.
 
-        What was cancelled, or found the disk full, is wanted again however often; what the machine failed,
-        `max_attempts` times.
+        What was cancelled, or found the disk full or the data damaged, is wanted again however often; what the machine
+        failed, `max_attempts` times.
         """
         attempts = self.attempts_of(run_id)
         if not attempts:
@@ -140,7 +143,7 @@ class StudyState:
         last = attempts[-1]
         if last.status is None:
             return ACTIVE
-        if last.failure == DISK or (last.status == STOPPED and last.stop_reason == CANCELLED):
+        if last.failure in TO_MEND or (last.status == STOPPED and last.stop_reason == CANCELLED):
             return WANTED
         lost = sum(attempt.failure in RETRYABLE for attempt in attempts)
         return WANTED if last.failure in RETRYABLE and lost < max_attempts else SETTLED
@@ -183,7 +186,8 @@ def apply(state: StudyState, record: Mapping[str, Any]) -> None:
     elif kind == SUBMITTED:
         state.attempts[record["run_id"], record["attempt"]].job_id = record["job_id"]
     elif kind == STOP_ASKED:
-        state.attempts[record["run_id"], record["attempt"]].stop_reason = record["reason"]
+        attempt = state.attempts[record["run_id"], record["attempt"]]
+        attempt.stop_reason = attempt.stop_reason or record["reason"]  # what is given up does not become wanted again
     elif kind == ENDED:
         attempt = state.attempts[record["run_id"], record["attempt"]]
         attempt.status, attempt.failure = record["status"], record["failure"]
@@ -220,9 +224,24 @@ class Ledger:
     def state(self) -> StudyState:
         """Replay the file; raises ProtocolError with the place of a damaged line."""
         try:
-            return replay(record for _, record in read_lines(self.path))
+            return replay(self._records())
         except KeyError as error:
-            raise ProtocolError(f"{self.path}: a record lacks or refers to the unknown {error}") from error
+            raise ProtocolError(
+                f"{self.path}: a record lacks or refers to the unknown {error}", hint=self._remedy()
+            ) from error
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        try:
+            for _, record in read_lines(self.path):
+                yield record
+        except ProtocolError as error:
+            raise ProtocolError(str(error), hint=self._remedy()) from error
+
+    def _remedy(self) -> str:
+        return (
+            f"put the file back from a copy; without one, move {self.path.parent} away and give the study's command again: "
+            "what its runs have completed is taken over"
+        )
 
     def drop_torn_line(self) -> None:
         """Cut off a last line that a killed controller left without its end; only the lock's holder may call it."""

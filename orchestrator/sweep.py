@@ -17,7 +17,7 @@ from orchestrator import __version__, ledger, lock
 from orchestrator.attempts import Attempts
 from orchestrator.backlog import Backlog, Wanted
 from orchestrator.early_stopping import EarlyStopping
-from orchestrator.errors import ConfigError, Interrupted, StorageError, StudyFailed
+from orchestrator.errors import ConfigError, DataError, Interrupted, StorageError, StudyFailed
 from orchestrator.home import Home
 from orchestrator.identity import identity_of, require_same
 from orchestrator.interrupts import Interrupts
@@ -96,7 +96,7 @@ class Controller:
 
         Raises StudyBusy, ConfigError where the question was changed, StudyFailed where nothing can come of it,
         Interrupted on a first SIGINT or SIGTERM (jobs go on), StorageError (jobs go on, and the same command goes on
-        once there is room), ProtocolError, MachineError.
+        once there is room), DataError (likewise), ProtocolError, MachineError.
         """
         self.home.require_writable()
         try:
@@ -110,7 +110,7 @@ class Controller:
 
     def _loop(self) -> None:
         while True:
-            self._require_room(self.attempts.observe())
+            self._leave_to_mend(self.attempts.observe())
             self._stop_early()
             self._tell()
             self._leave_if_interrupted()
@@ -155,16 +155,21 @@ class Controller:
             )
         self.search.rebuild(self.state)
         self.attempts.reattach()
-        self.attempts.observe()  # before the loop: a disk that was full when these ended may have room by now
+        self.attempts.observe()  # before the loop: what these found full or damaged may be mended by now
 
-    def _require_room(self, ended: list[Attempt]) -> None:
-        """Leave where a run found the disk full: the next would too, and it says nothing of the trial."""
+    def _leave_to_mend(self, ended: list[Attempt]) -> None:
+        """Leave where a run found the disk full or the data damaged: the next would too, and it says nothing of the trial."""
         for attempt in ended:
-            if attempt.failure == protocol.DISK:
+            if attempt.failure in ledger.TO_MEND:
                 failure = self.attempts.result_of(attempt).failure
-                raise StorageError(
+                error, remedy = (
+                    (StorageError, "make room there")
+                    if attempt.failure == protocol.DISK
+                    else (DataError, "mend the data set")
+                )
+                raise error(
                     f"run {attempt.run_id} attempt {attempt.number}: {failure.message if failure else attempt.failure}",
-                    hint="make room there; nothing was lost: the same command runs it again and goes on",
+                    hint=f"{remedy}; nothing was lost: the same command runs it again and goes on",
                 )
 
     def _leave_if_interrupted(self) -> None:

@@ -190,6 +190,10 @@ def failure_of_lost(attempt: AttemptDir) -> Failure:
     """The failure of an attempt that nobody is left to speak for; one that never began speaks in the scheduler's log."""
     logs = [attempt.stderr, *sorted(attempt.scheduler.glob("*.err"))]
     log = next((log for log in logs if log_tail(log).strip()), attempt.stderr)
+    # On a full disk the log says nothing either.
+    is_claim_empty = attempt.claim.exists() and not attempt.claim.stat().st_size
+    if is_claim_empty or _DISK.search(log_tail(log)):
+        return failure_of(protocol.DISK, "the job ended and left no result: no space was left for one", log)
     message = "the job ended and left no result: its worker was killed, or could not start"
     return failure_of(protocol.INFRASTRUCTURE, message, log)
 

@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from trainer.errors import DataError
+from trainer.errors import ConfigError, DataError
 from trainer.protocol import TRAIN, VALIDATION, DataDir, Manifest, Shard, read_manifest, sha256_of
 
 HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # the challenge's shards
@@ -188,7 +188,7 @@ class TrainLoader:
         cursors = [_Cursor(tokens_N, sequence_length, self.rng) for tokens_N in dataset.shards(TRAIN)]
         self.cursors = [cursor for cursor in cursors if cursor.left]
         if not self.cursors:
-            raise DataError(
+            raise ConfigError(  # of this sequence length: with another, the same data set will do
                 f"{dataset.folder.root}: no training shard holds {sequence_length + 1} tokens, one sequence and its last target",
                 hint="lower data.sequence_length, or take a larger data set",
             )

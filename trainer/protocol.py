@@ -411,14 +411,9 @@ def _from_record(cls: type[T], record: Mapping[str, Any], path: Path) -> T:
 def require_types(record: Any, path: Path) -> None:
     """Raise ProtocolError where a number or a text of a record from the file is something else."""
     number = (int, float)
-    plain = {
-        "int": int,
-        "str": str,
-        "float": number,
-        "float | None": (*number, type(None)),
-    }  # as the fields are written
+    plain: dict[str, Any] = {"int": int, "str": str, "float": number, "float | None": (*number, type(None))}
     for f in dataclasses.fields(record):
-        value, name = getattr(record, f.name), str(f.type)
+        value, name = getattr(record, f.name), str(f.type)  # the type as it is written
         if name in plain and (not isinstance(value, plain[name]) or isinstance(value, bool)):
             raise ProtocolError(
                 f"{path}: {type(record).__name__.lower()} {f.name} must be of type {name}, got {value!r}",

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator import worker
+from orchestrator.errors import ProtocolError
 from orchestrator.home import Home
 from orchestrator.launcher import JOB_TAG
+from orchestrator.ledger import Ledger
 from tests.end_to_end.micro import DATA, NAME
 from tests.trainer.make_data import make_data
 
@@ -37,10 +40,9 @@ def make_home(tmp_path: Path, data: Path) -> Iterator[Callable[[str], Home]]:
 
 def end_jobs(home: Home) -> None:
     """Kill every process that a study of this home has started."""
-    from orchestrator import worker
-    from orchestrator.ledger import Ledger
-
-    for attempt in Ledger(home.study(NAME).ledger).state().attempts.values():
-        for pid in worker.tagged_processes(JOB_TAG, attempt.tag):
-            if pid != os.getpid():
-                os.kill(pid, 9)
+    try:
+        attempts = Ledger(home.study(NAME).ledger).state().attempts.values()
+    except ProtocolError:  # a test has damaged it, and nothing was started
+        return
+    for attempt in attempts:
+        worker.signal_tagged(JOB_TAG, attempt.tag, signal.SIGKILL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -93,9 +92,9 @@ def until(condition: Callable[[], Any], *, seconds: float = 120.0, what: str = "
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a command that a test has left running."""
+    """End a command that a test has left running; not its jobs, which are to outlive it."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
     process.wait()
 
 

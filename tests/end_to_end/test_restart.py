@@ -122,34 +122,36 @@ def scores_of(home: Home) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("victim", ["worker", "trainer"])
-def test_a_killed_job_is_a_new_attempt_of_the_same_run(
-    tmp_path: Path, make_home: Callable[[str], Home], victim: str
-) -> None:
+def test_killed_trainers_and_workers_cost_no_trial(tmp_path: Path, make_home: Callable[[str], Home]) -> None:
     home, study = make_home("home"), write_study(tmp_path)
     controller = start("--home", home.root, "study", "run", study, cwd=tmp_path, log=tmp_path / "log.txt")
     try:
-        attempt = until(lambda: running_attempt(home), what="a trainer at work")
-        os.kill(pid_of(home, attempt, victim), signal.SIGKILL)
+        first = until(lambda: running_attempt(home), what="a trainer at work")
+        os.kill(pid_of(home, first, "trainer"), signal.SIGKILL)
+        second = until(lambda: running_attempt(home, other_than=first), what="another trainer at work")
+        os.kill(pid_of(home, second, "worker"), signal.SIGKILL)
         until(lambda: controller.poll() is not None)
         assert controller.returncode == 0, (tmp_path / "log.txt").read_text()
     finally:
         end(controller)
     require_decided_once(home)
-    first, second = home.run(attempt.run_id).attempts()
-    failure = read_result(first.result).failure
+    killed, again = home.run(first.run_id).attempts()
+    failure = read_result(killed.result).failure
     assert failure is not None and failure.kind == protocol.INFRASTRUCTURE
-    assert read_result(second.result).status == protocol.COMPLETE
-    assert len(state(home).trials) == TRIALS
-    assert {trial.state for trial in state(home).trials.values()} == {ledger.COMPLETE}
+    assert read_result(again.result).status == protocol.COMPLETE
+    last = home.run(second.run_id).attempts()[-1]  # a trainer whose worker died may end what it began
+    assert read_result(last.result).status == protocol.COMPLETE
+    assert [trial.state for trial in state(home).trials.values()] == [ledger.COMPLETE] * TRIALS
 
 
-def running_attempt(home: Home) -> Attempt | None:
-    """An attempt whose trainer has begun to write."""
+def running_attempt(home: Home, *, other_than: Attempt | None = None) -> Attempt | None:
+    """An attempt, of another run, whose trainer has begun to write."""
     if not home.study(NAME).ledger.exists():
         return None
     for attempt in state(home).attempts.values():
         files = home.run(attempt.run_id).attempt(attempt.number)
+        if other_than is not None and attempt.run_id == other_than.run_id:
+            continue
         if attempt.status is None and files.events.exists() and not files.result.exists():
             return attempt
     return None
@@ -158,7 +160,7 @@ def running_attempt(home: Home) -> Attempt | None:
 def pid_of(home: Home, attempt: Attempt, victim: str) -> int:
     files = home.run(attempt.run_id).attempt(attempt.number)
     if victim == "trainer":
-        [pid] = worker.tagged_processes(TRAINER_TAG, f"{home.run(attempt.run_id).root}/{attempt.number}")
+        [pid] = worker.tagged_processes(TRAINER_TAG, worker.trainer_tag(files))
         return pid
     claim = worker.read_claim(files)
     assert claim is not None and claim.pid in worker.tagged_processes(JOB_TAG, attempt.tag)

@@ -1,12 +1,14 @@
+import shutil
+
 import pytest
 from fakes import FakeLauncher, FakeSearch, Listener, failed, scored, tiny_study, write_plans
 from make_controller import Killed, controller, die_at
 
 from orchestrator import attempts, ledger
-from orchestrator.errors import ProtocolError, StorageError, StudyFailed
+from orchestrator.errors import DataError, ProtocolError, StorageError, StudyFailed
 from orchestrator.launcher import LocalLauncher
 from trainer import protocol
-from trainer.protocol import DISK, INFRASTRUCTURE
+from trainer.protocol import DATA, DISK, INFRASTRUCTURE
 
 
 def test_a_run_that_another_study_works_on_is_waited_for(home):
@@ -200,6 +202,16 @@ def test_a_full_disk_is_never_a_trials_failure_and_the_same_command_goes_on(home
     assert [a.failure for a in state.attempts_of(state.trials[0].runs[1])] == [DISK, None]
 
 
+def test_a_damaged_data_set_is_never_a_trials_failure_and_the_same_command_goes_on(home):
+    behaviours = {(1, 1): failed(DATA, "train_000000.bin: the shard is truncated")}
+    study = tiny_study(slots=1)
+    with pytest.raises(DataError, match="attempt 1: train_000000.bin: the shard is truncated") as caught:
+        controller(study, home, launcher=FakeLauncher(behaviours=behaviours)).run()
+    assert caught.value.hint.startswith("mend the data set; nothing was lost: the same command")
+    state = controller(study, home).run()
+    assert [trial.state for trial in state.trials.values()] == ["complete"] * 4
+
+
 def test_a_disk_that_was_full_when_nobody_looked_does_not_end_the_next_controller(home):
     launcher, study = FakeLauncher(polls=500), tiny_study(trials=1, confirm=None)
     with pytest.raises(Killed):
@@ -210,3 +222,28 @@ def test_a_disk_that_was_full_when_nobody_looked_does_not_end_the_next_controlle
     del launcher.alive[tag]
     state = controller(study, home).run()
     assert [a.failure for a in state.attempts.values()] == [DISK, None] and state.closed == "finished"
+
+
+def test_a_job_whose_log_names_the_full_disk_is_no_failure_of_the_machine(home):
+    def leave_a_log(run, attempt, spec):
+        attempt.scheduler.mkdir(parents=True)
+        (attempt.scheduler / "7_0_log.err").write_text("StorageError: claim.json: No space left on device\n")
+
+    launcher = FakeLauncher(behaviours={(1, 1): leave_a_log})
+    study = tiny_study(trials=1, confirm=None)
+    with pytest.raises(StorageError, match="left no result: no space was left for one"):
+        controller(study, home, launcher=launcher).run()
+    assert controller(study, home).run().trials[0].state == "complete"
+
+
+def test_a_run_whose_directory_was_deleted_under_way_is_planned_and_run_again(home):
+    class Deleting(FakeLauncher):
+        def _end(self, run, attempt):
+            if attempt.number == 1:
+                shutil.rmtree(run.root)
+            else:
+                super()._end(run, attempt)
+
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=Deleting()).run()
+    assert [a.failure for a in state.attempts.values()] == [INFRASTRUCTURE, None]
+    assert home.run(state.run_ids[0]).spec.exists()

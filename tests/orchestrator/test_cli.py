@@ -84,7 +84,7 @@ def test_problems_of_a_data_set_are_told_and_fail_the_command(home: Path, capsys
     DataDir(small_data(home)).shard(TRAIN, 0).unlink()
     assert caddie(home, "data", "verify", "small") == DataError.exit_code
     told = capsys.readouterr()
-    assert told.out.endswith("small: 1 problems\n")
+    assert told.out.endswith("small: 1 problem\n")
     assert "problem: " in told.err
     assert "the shard is missing" in told.err
     assert caddie(home, "data", "verify", "small", "--json") == DataError.exit_code

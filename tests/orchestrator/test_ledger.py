@@ -33,6 +33,7 @@ def test_the_state_of_a_study_follows_from_its_records(tmp_path):
     book.append(ledger.SUBMITTING, run_id="run0", attempt=1, tag="t", resources={"slot": 0})
     book.append(ledger.SUBMITTED, run_id="run0", attempt=1, job_id="77")
     book.append(ledger.STOP_ASKED, run_id="run0", attempt=1, reason="median")
+    book.append(ledger.STOP_ASKED, run_id="run0", attempt=1, reason="cancelled")
     book.append(ledger.ENDED, run_id="run0", attempt=1, status="complete", failure=None, seconds=3.0, gpus=8)
     tell(book, 0, 1.5, bytes=-1.0)
     book.append(ledger.ARM_ASKED, arm="preset", trial=0, params={"a": 1}, runs={42: "run9", 1: "run0"})

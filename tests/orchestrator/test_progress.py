@@ -205,3 +205,19 @@ def test_a_damaged_ledger_state_does_not_end_the_display(tmp_path):
         home.run(attempt.run_id).attempt(attempt.number).events.unlink(missing_ok=True)
     Progress(study, RunStore(home), stream).show(state)
     assert "2 running" in stream.getvalue()
+
+
+def test_the_chunks_of_test_time_training_are_not_steps(tmp_path):
+    maker = Maker(tmp_path)
+    [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
+    attempt = maker.begin(run, steps=40)
+    event = {
+        "kind": protocol.METRIC,
+        "t": 50.0,
+        "step": 3,
+        "train_seconds": 9.0,
+        "values": {"ttt_bpb": 1.2, "ttt_chunk": 3},
+    }
+    protocol.append_line(attempt.events, event)
+    [running] = look(maker.home)[1].running
+    assert running.step == 40 and running.loss is not None and running.loss > 2

@@ -104,6 +104,16 @@ def test_a_failure_shows_where_its_log_is_and_how_it_ends(tmp_path):
     assert worker.log_tail(tmp_path / "none") == ""
 
 
+def test_an_attempt_that_could_not_write_its_claim_found_the_disk_full(run):
+    attempt = run.attempt(1)
+    attempt.root.mkdir(parents=True)
+    attempt.claim.write_text("")
+    failure = worker.failure_of_lost(attempt)
+    assert (failure.kind, failure.message) == (
+        protocol.DISK, "the job ended and left no result: no space was left for one",
+    )  # fmt: skip
+
+
 def test_a_job_that_died_before_its_claim_says_why_in_the_schedulers_log(run):
     attempt = run.attempt(1)
     assert worker.failure_of_lost(attempt).log == str(attempt.stderr)

@@ -16,7 +16,7 @@ from make_data import AWKWARD, VOCAB_SIZE, make_data, manifest_in
 
 from trainer import data
 from trainer.data import BOS, HEADER_BYTES, SPACE, Dataset, TokenBytes, TrainLoader
-from trainer.errors import DataError, ProtocolError
+from trainer.errors import ConfigError, DataError, ProtocolError
 from trainer.prepare import TOKENIZER_SETTINGS, shard_bytes
 from trainer.protocol import TRAIN, VALIDATION, DataDir, Manifest, Shard, Split, sha256_of, write_manifest
 
@@ -338,6 +338,6 @@ def test_shards_with_more_blocks_left_are_drawn_more_often(tmp_path: Path) -> No
 def test_shards_that_are_too_short_are_left_out_and_none_left_is_an_error(tmp_path: Path) -> None:
     loader = TrainLoader(shards_of(tmp_path / "a", [16, 100]), sequence_length=16, seed=1)
     assert len(loader.cursors) == 1
-    with pytest.raises(DataError, match="no training shard holds 101 tokens") as caught:
+    with pytest.raises(ConfigError, match="no training shard holds 101 tokens") as caught:
         TrainLoader(shards_of(tmp_path / "b", [16, 100]), sequence_length=100, seed=1)
     assert "data.sequence_length" in str(caught.value.hint)
