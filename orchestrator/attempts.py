@@ -174,6 +174,9 @@ class Attempts:
         if not files.result.exists():
             protocol.write_result(files.result, self._result_of_lost(attempt))
         result = _read_result(files, attempt.run_id)
+        if result.status == protocol.STOPPED and not files.stop.exists():
+            result = _stopped_by_the_machine(result, files)
+            protocol.write_result(files.result, result)
         self.ledger.decide(
             ledger.ENDED,
             run_id=attempt.run_id,
@@ -197,6 +200,16 @@ class Attempts:
             return Result(run_id=attempt.run_id, attempt=attempt.number, status=protocol.STOPPED, seed=seed)
         failure = failure_of_lost(files)
         return Result(run_id=attempt.run_id, attempt=attempt.number, status=protocol.FAILED, seed=seed, failure=failure)
+
+
+def _stopped_by_the_machine(result: Result, files: AttemptDir) -> Result:
+    """The result of a trainer that heard a SIGTERM which was no stop of ours: a machine that shuts down, or a person."""
+    failure = Failure(
+        kind=protocol.INFRASTRUCTURE,
+        message="the trainer was told to end, and no study asked for it",
+        log=str(files.stderr),
+    )
+    return dataclasses.replace(result, status=protocol.FAILED, failure=failure)
 
 
 def _read_result(files: AttemptDir, run_id: str) -> Result:

@@ -221,8 +221,8 @@ def run_attempt(
         result = _attempt(run, files, processes=processes, gpus=gpus, seconds=(timeout_seconds, grace_seconds))
     except (CaddieError, OSError) as error:
         failure = failure_of(kind_of_error(error), str(error), files.stderr)
-        result = _result(run, files, status=protocol.FAILED, failure=failure)
-    if result is not None and not files.result.exists():
+        result = None if files.result.exists() else _result(run, files, status=protocol.FAILED, failure=failure)
+    if result is not None:
         protocol.write_result(files.result, result)
 
 
@@ -242,7 +242,7 @@ def make_claim(attempt: AttemptDir) -> bool:
 def _attempt(
     run: RunDir, attempt: AttemptDir, *, processes: int, gpus: str, seconds: tuple[float, float]
 ) -> Result | None:
-    """Run the trainer; None where it left a result of its own."""
+    """Run the trainer; None where it left a result of its own that can stand."""
     spec = protocol.read_spec(run.spec)
     if attempt.stop.exists():
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
@@ -256,16 +256,21 @@ def _attempt(
             cwd=run.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0,
         )  # fmt: skip
     ended = _watch(process, attempt, tag=tag, timeout_seconds=seconds[0], grace_seconds=seconds[1])
+    too_long = failure_of(
+        protocol.TIMEOUT, f"ended after {seconds[0]:g} s, the study's [resources] timeout_minutes", attempt.stderr
+    )
     if attempt.result.exists():
-        return None
+        left = protocol.read_result(attempt.result)
+        if ended != protocol.TIMEOUT or left.status != protocol.STOPPED:
+            return None
+        return dataclasses.replace(left, status=protocol.FAILED, failure=too_long)  # it left politely, and too late
     if ended == protocol.STOPPED:
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
     tail = log_tail(attempt.stderr)
     kind = classify(process.returncode, tail, timed_out=ended == protocol.TIMEOUT)
-    message = explain(process.returncode, tail)
-    if kind == protocol.TIMEOUT:
-        message = f"ended after {seconds[0]:g} s, the study's [resources] timeout_minutes"
-    return _result(run, attempt, status=protocol.FAILED, failure=failure_of(kind, message, attempt.stderr), spec=spec)
+    failure = failure_of(kind, explain(process.returncode, tail), attempt.stderr)
+    failure = too_long if kind == protocol.TIMEOUT else failure
+    return _result(run, attempt, status=protocol.FAILED, failure=failure, spec=spec)
 
 
 def _require_bundle(run: RunDir, spec: Spec) -> None:

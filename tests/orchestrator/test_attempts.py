@@ -44,6 +44,26 @@ def test_a_failure_of_the_machine_makes_a_new_attempt_of_the_same_run(home):
     assert "its worker was killed, or could not start" in lost.failure.message
 
 
+def test_a_trainer_that_was_ended_without_being_asked_to_stop_is_run_again(home):
+    """A machine that shuts down sends SIGTERM, and the trainer leaves a result that says stopped."""
+
+    def told_to_end(run, attempt, spec):
+        protocol.write_result(
+            attempt.result,
+            protocol.Result(run_id=spec.run_id, attempt=attempt.number, status=protocol.STOPPED, seed=spec.seed),
+        )
+
+    state = controller(
+        tiny_study(trials=1, confirm=None), home, launcher=FakeLauncher(behaviours={(1, 1): told_to_end})
+    ).run()
+    (run_id,) = state.run_ids
+    assert [(a.status, a.failure) for a in state.attempts_of(run_id)] == [
+        ("failed", INFRASTRUCTURE),
+        ("complete", None),
+    ]
+    assert "no study asked for it" in protocol.read_result(home.run(run_id).attempt(1).result).failure.message
+
+
 def test_a_damaged_result_is_its_runs_failure(home):
     class Damaging(FakeLauncher):
         def _end(self, run, attempt):

@@ -234,10 +234,13 @@ def test_a_trainer_that_is_deaf_to_the_stop_is_killed_and_told_as_stopped(run):
     assert (result.status, result.failure) == (protocol.STOPPED, None)
 
 
-def test_an_attempt_that_takes_too_long_is_ended(run):
-    result = attempt_with(run, "deaf", step_seconds=30.0, timeout=0.5)
+@pytest.mark.parametrize("mode", ["deaf", ""])
+def test_an_attempt_that_takes_too_long_is_ended_and_told_as_that(run, mode):
+    """Also where the trainer obeys and leaves a result that says stopped: nobody asked it to stop."""
+    result = attempt_with(run, mode, step_seconds=30.0, timeout=0.7, grace=20.0 if mode == "" else 0.5)
+    assert result.status == protocol.FAILED
     assert result.failure.kind == TIMEOUT
-    assert "ended after 0.5 s, the study's [resources] timeout_minutes" in result.failure.message
+    assert "ended after 0.7 s, the study's [resources] timeout_minutes" in result.failure.message
 
 
 def test_ranks_that_left_the_group_are_ended_too(run, tmp_path):
