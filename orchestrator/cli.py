@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -240,8 +241,16 @@ def show_report(written: Report, home: Home) -> int:
     print(render_text(written))
     print()
     print(f"report   {written.page}")
-    print(f"MLflow   caddie --home {shlex.quote(str(home.root))} ui")
+    print(f"MLflow   {command_name()} --home {shlex.quote(str(home.root))} ui")
     return 0
+
+
+def command_name() -> str:
+    """How this program can be called again: by its name where the shell would find it, else by its path."""
+    program = Path(sys.argv[0])
+    found = shutil.which("caddie")
+    is_found = found is not None and program.exists() and Path(found).samefile(program)
+    return shlex.quote(str(program.absolute())) if program.name == "caddie" and not is_found else "caddie"
 
 
 # ---- the parser --------------------------------------------------------------------------------------------------

@@ -81,6 +81,9 @@ class Controller:
         self.told: list[Verdict] = []
         """Verdicts of this controller's life, in their order."""
 
+        self._inherited: set[tuple[str, int]] = set()
+        """Attempts that were open when this controller began."""
+
         self._shown = (-1, -math.inf)
         """Number of decisions, and monotonic seconds, when progress and mirror last heard of the study."""
 
@@ -155,12 +158,16 @@ class Controller:
             )
         self.search.rebuild(self.state)
         self.attempts.reattach()
-        self.attempts.observe()  # before the loop: what these found full or damaged may be mended by now
+        self._inherited = {(attempt.run_id, attempt.number) for attempt in self.attempts.open}
 
     def _leave_to_mend(self, ended: list[Attempt]) -> None:
-        """Leave where a run found the disk full or the data damaged: the next would too, and it says nothing of the trial."""
+        """Leave where a run found the disk full or the data damaged: the next would too, and it says nothing of the trial.
+
+        An earlier controller's run may have found what is mended by now, and is only run again.
+        """
         for attempt in ended:
-            if attempt.failure in ledger.TO_MEND:
+            is_inherited = (attempt.run_id, attempt.number) in self._inherited
+            if attempt.failure in ledger.TO_MEND and not is_inherited:
                 failure = self.attempts.result_of(attempt).failure
                 error, remedy = (
                     (StorageError, "make room there")

@@ -299,3 +299,15 @@ def test_the_home_is_the_environments_where_none_is_named(
     monkeypatch.setenv("CADDIE_HOME", str(home))
     assert cli.main(["study", "list"]) == 0
     assert NAME in capsys.readouterr().out
+
+
+def test_the_command_to_go_on_with_is_one_that_the_shell_finds(monkeypatch, tmp_path):
+    installed = tmp_path / "my bin" / "caddie"
+    installed.parent.mkdir()
+    installed.write_text("#!/bin/sh\n")
+    installed.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(installed)])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.command_name() == f"'{installed}'"
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert cli.command_name() == "caddie"

@@ -149,7 +149,7 @@ def test_a_home_that_cannot_be_written_is_missing(tmp_path):
     (tmp_path / "file").write_text("")
     found = doctor.home_directory(Home(tmp_path / "file" / "home"))
     assert found.status == MISSING
-    assert "cannot be written" in found.found
+    assert "must be a directory" in found.found
 
 
 def test_a_nearly_full_disk_is_a_warning(tmp_path, monkeypatch):

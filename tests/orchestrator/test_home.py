@@ -29,7 +29,7 @@ def test_a_data_set_is_named_or_a_path(tmp_path):
 
 def test_a_home_that_cannot_be_written_is_refused_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="file: CADDIE_HOME must be a directory, this is a file"):
         Home(tmp_path / "file" / "home").require_writable()
 
 

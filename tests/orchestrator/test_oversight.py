@@ -47,12 +47,19 @@ def test_a_study_with_a_controller_is_running_and_names_it(searching: Home) -> N
     assert f"{NAME}: running (process " in oversight.as_text(found)
 
 
-def test_every_study_is_listed(searching: Home) -> None:
-    assert [found.name for found in oversight.statuses(searching)] == [NAME]
+def test_every_study_is_listed_and_one_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    home = make_study(tmp_path, stage="search")
+    assert [found.name for found in oversight.statuses(home)[0]] == [NAME]
+    damaged = home.study("damaged").ledger
+    damaged.parent.mkdir()
+    damaged.write_text("{\n")
+    found, [problem] = oversight.statuses(home)
+    assert [status.name for status in found] == [NAME]
+    assert str(damaged) in str(problem) and "put the file back from a copy" in str(problem.hint)
 
 
 def test_a_record_attempt_has_runs_and_no_trials(tmp_path: Path) -> None:
-    [found] = oversight.statuses(make_record(tmp_path))
+    [found], _ = oversight.statuses(make_record(tmp_path))
     assert "trials" not in oversight.as_text(found)
     assert oversight.as_line(found).endswith("3 runs")
 

@@ -43,7 +43,7 @@ def test_a_data_set_that_is_not_there_is_refused_with_the_ones_that_are(home: Ho
 
 def test_a_home_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
+    with pytest.raises(StorageError, match="must be a directory"):
         preflight.check(record(), Home(tmp_path / "file" / "home"))  # type: ignore[arg-type]
 
 
