@@ -79,7 +79,7 @@ class LocalLauncher:
             )
             gpus = ",".join(resources.gpus)
             job = executor.submit(
-                worker.run_attempt, str(run.root), attempt, resources.processes, gpus, resources.timeout_seconds
+                worker.run_in_own_session, str(run.root), attempt, resources.processes, gpus, resources.timeout_seconds
             )
         except OSError as error:
             if error.errno in STORAGE_ERRORS:

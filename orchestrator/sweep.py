@@ -183,9 +183,11 @@ class Controller:
         if self.interrupts.by is None:
             return
         running = len(self.attempts.open)
-        text = f"left by {self.interrupts.by.name}: {running} running jobs go on; the same command continues the study"
-        self.progress.note(text)
-        raise Interrupted(f"{self.study.name}: {text}", hint=f"to end it: caddie study stop {self.study.name}")
+        raise Interrupted(
+            f"{self.study.name}: left by {self.interrupts.by.name}: {running} running jobs go on; "
+            "the same command continues the study",
+            hint=f"to end it: caddie study stop {self.study.name}",
+        )
 
     def _stop_request(self) -> str | None:
         """What the study's stop file asks, if there is one."""

@@ -226,6 +226,12 @@ def run_attempt(
         protocol.write_result(files.result, result)
 
 
+def run_in_own_session(run_dir: str, attempt: int, processes: int, gpus: str, timeout_seconds: float) -> None:
+    """`run_attempt` in a session of its own, so that whoever kills the controller's whole process group spares the job."""
+    os.setsid()
+    run_attempt(run_dir, attempt, processes, gpus, timeout_seconds)
+
+
 def make_claim(attempt: AttemptDir) -> bool:
     """Take the attempt for this process; False where another process took it. Raises StorageError."""
     try:

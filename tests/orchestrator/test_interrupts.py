@@ -21,7 +21,7 @@ def test_a_first_signal_leaves_the_jobs_running_and_says_how_to_go_on(home, numb
     with pytest.raises(Interrupted, match="running jobs go on; the same command continues") as caught:
         controller(tiny_study(slots=1), home, launcher=launcher, listener=listener).run()
     assert caught.value.exit_code == 130 and signal.getsignal(number) is before
-    assert len(launcher.alive) == 1 and any("the same command continues" in note for note in listener.notes)
+    assert len(launcher.alive) == 1 and not listener.notes  # the error says it once
     launcher.__class__ = FakeLauncher
     assert controller(tiny_study(slots=1), home, launcher=launcher).run().closed == "finished"
     assert len(launcher.submitted) == 8

@@ -97,7 +97,15 @@ def test_a_trainer_whose_worker_was_killed_still_counts_as_alive(run, tag):
     until(lambda: not launcher.is_alive(attempt, tag=None))
 
 
-@pytest.mark.parametrize("end", ["kill -9 of the controller", "Ctrl-C in its terminal", "closing its terminal"])
+ENDS = {
+    "kill -9 of the controller": signal.SIGKILL,
+    "kill -9 of its whole group": signal.SIGKILL,
+    "Ctrl-C in its terminal": signal.SIGINT,
+    "closing its terminal": signal.SIGHUP,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_jobs_survive_the_end_of_their_controller(run, tag, end):
     write_plans(Home(run.root.parent.parent), {"*": {"step_seconds": 0.2}})
     controller = subprocess.Popen(
@@ -107,10 +115,10 @@ def test_jobs_survive_the_end_of_their_controller(run, tag, end):
     with controller:
         assert controller.stdout.readline() == b"submitted\n"
         until(lambda: (run.attempt(1).root / "trainer.pid").exists())
-        if end.startswith("kill"):
+        if end.endswith("controller"):
             controller.kill()
         else:
-            os.killpg(controller.pid, signal.SIGINT if end.startswith("Ctrl-C") else signal.SIGHUP)
+            os.killpg(controller.pid, ENDS[end])
     until(run.attempt(1).result.exists)
     assert protocol.read_result(run.attempt(1).result).status == protocol.COMPLETE
 
