@@ -68,11 +68,15 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
     return path
 
 
+def quiet(message: str) -> None:
+    """Say nothing."""
+
+
 def make_data(root: Path, *, name: str = "small", shard_tokens: int = 4000, documents: list[str] | None = None) -> Path:
     """Prepare the data set `name` under `root` and return its folder."""
     corpus = write_jsonl(root / f"{name}.jsonl", texts() if documents is None else documents)
     recipe = Recipe(corpus=[str(corpus)], vocab_size=VOCAB_SIZE, val_frac=0.2, shard_tokens=shard_tokens)
-    prepare(recipe, root / name, say=lambda message: None)
+    prepare(recipe, root / name, say=quiet)
     return root / name
 
 

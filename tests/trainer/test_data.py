@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_data import AWKWARD, VOCAB_SIZE, make_data, manifest_in
+from make_data import AWKWARD, VOCAB_SIZE, manifest_in
 
 from trainer import data
 from trainer.data import BOS, HEADER_BYTES, SPACE, Dataset, TokenBytes, TrainLoader
@@ -21,17 +21,6 @@ from trainer.prepare import TOKENIZER_SETTINGS, shard_bytes
 from trainer.protocol import TRAIN, VALIDATION, DataDir, Manifest, Shard, Split, sha256_of, write_manifest
 
 LENGTH = 64
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
 def open_(folder: Path, **options: object) -> Dataset:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from make_data import AWKWARD, EMPTY, VOCAB_SIZE, make_data, manifest_in, texts, write_jsonl
+from make_data import AWKWARD, EMPTY, VOCAB_SIZE, make_data, manifest_in, quiet, texts, write_jsonl
 
 from trainer import __main__ as command
 from trainer import prepare as prepare_module
@@ -20,21 +19,6 @@ from trainer.errors import DataError, StorageError
 from trainer.prepare import Recipe, prepare
 from trainer.protocol import TRAIN, VALIDATION, DataDir, sha256_of
 from trainer.verification import verify
-
-
-def quiet(message: str) -> None:
-    """Say nothing."""
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
 @pytest.fixture

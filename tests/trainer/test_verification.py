@@ -2,33 +2,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from make_data import make_data, manifest_in
+from make_data import manifest_in, quiet
 
 from trainer.data import BOS, HEADER_BYTES
 from trainer.errors import DataError
 from trainer.protocol import TRAIN, VALIDATION, DataDir, sha256_of, write_manifest
 from trainer.verification import verify
-
-
-def quiet(message: str) -> None:
-    """Say nothing."""
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def folder(prepared: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(prepared, tmp_path / "copy"))
 
 
 def test_a_sound_data_set_has_no_problems(prepared: Path) -> None:
