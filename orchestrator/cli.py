@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchestrator import __version__, datasets
-from orchestrator.errors import CaddieError, ConfigError, DataError
+from orchestrator.errors import CaddieError, ConfigError, DataError, ProtocolError
 from orchestrator.home import Home, default_home
 from trainer.config import parse_value
 from trainer.protocol import storage_error
@@ -154,7 +154,7 @@ def report(arguments: argparse.Namespace, home: Home) -> int:
     written = write_report(home, arguments.study)
     if arguments.json:
         show_json(as_record(written))
-        return 0
+        return tell_damage(written.damage)
     return show_report(written, home)
 
 
@@ -169,9 +169,9 @@ def track(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import mirror
 
     home.require_writable()
-    warn(mirror.rebuild(home) if arguments.rebuild else mirror.sync_all(home))
+    damage = mirror.rebuild(home) if arguments.rebuild else mirror.sync_all(home)
     print(home.mlflow_database)
-    return 0
+    return tell_damage(damage)
 
 
 def doctor(arguments: argparse.Namespace, home: Home) -> int:
@@ -242,7 +242,16 @@ def show_report(written: Report, home: Home) -> int:
     print()
     print(f"report   {written.page}")
     print(f"MLflow   {command_name()} --home {shlex.quote(str(home.root))} ui")
-    return 0
+    return tell_damage(written.damage)
+
+
+def tell_damage(damage: Sequence[str]) -> int:
+    """Name the files that could not be read, after all else was shown; the exit code says that something is missing."""
+    for place in damage:
+        print(f"error: {place}", file=sys.stderr)
+    if damage:
+        print("hint: what these files hold is missing above; the rest stands", file=sys.stderr)
+    return ProtocolError.exit_code if damage else 0
 
 
 def command_name() -> str:

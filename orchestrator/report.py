@@ -35,28 +35,36 @@ class Report:
 
     evidence: Evidence
     claim: str
-    problems: tuple[str, ...]
-    """What weakens the result or could not be read."""
+    weaknesses: tuple[str, ...]
+    """What weakens the result."""
+
+    damage: tuple[str, ...]
+    """Files that could not be read, each with its place; the numbers that they hold are missing."""
 
     page: Path
     text: Path
     data: Path
     record_csv: Path
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All that a reader must know before he believes a number."""
+        return self.weaknesses + self.damage
+
 
 def write_report(home: Home, study_name: str) -> Report:
     """Write the report of a study, finished or not; raises ConfigError for an unknown one, StorageError."""
     evidence = gather(home, study_name)
     curves, unreadable = read_curves(home, evidence)
-    problems = tuple(dict.fromkeys([*warnings(evidence), *evidence.problems, *unreadable]))
+    damage = tuple(dict.fromkeys([*evidence.problems, *unreadable]))
     folder = home.study(study_name)
     report = Report(
-        evidence=evidence, claim=claim(evidence), problems=problems, page=folder.report_page, text=folder.report_text,
-        data=folder.report_data, record_csv=folder.record_csv,
+        evidence=evidence, claim=claim(evidence), weaknesses=tuple(warnings(evidence)), damage=damage,
+        page=folder.report_page, text=folder.report_text, data=folder.report_data, record_csv=folder.record_csv,
     )  # fmt: skip
     plots = charts(evidence, curves, _importance(evidence))
     page = render_page(
-        title=study_name, question=evidence.study.question, claim=report.claim, problems=problems,
+        title=study_name, question=evidence.study.question, claim=report.claim, problems=report.problems,
         tables=tables(evidence), charts=plots, footer=_footer(evidence, folder),
     )  # fmt: skip
     write_bytes_atomically(report.page, page.encode())
@@ -175,7 +183,7 @@ def render_text(report: Report) -> str:
     parts = [as_text(record_table(arm, has_sources=False)) for arm in evidence.arms]
     if evidence.study.space:
         parts.append(as_text(params_table(evidence)))
-    return "\n\n".join([*parts, report.claim, *(f"warning: {problem}" for problem in report.problems)])
+    return "\n\n".join([*parts, report.claim, *(f"warning: {weakness}" for weakness in report.weaknesses)])
 
 
 def render_markdown(report: Report) -> str:

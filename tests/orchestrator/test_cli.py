@@ -14,8 +14,9 @@ from make_data import VOCAB_SIZE, make_data, texts, write_jsonl
 from make_study import make_study
 
 from orchestrator import cli
-from orchestrator.errors import ConfigError, DataError, MachineError, StorageError
-from orchestrator.home import SHIPPED_STUDIES
+from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError, StorageError
+from orchestrator.evidence import gather
+from orchestrator.home import SHIPPED_STUDIES, Home
 from trainer.protocol import TRAIN, DataDir
 
 NAME = "wd-qk-ttt-smoke"
@@ -232,6 +233,21 @@ def test_a_report_is_printed_with_the_place_of_its_page(home: Path, capsys: pyte
     assert f"MLflow   caddie --home {home} ui" in out
     assert caddie(home, "report", NAME, "--json") == 0
     assert json.loads(capsys.readouterr().out)
+
+
+def test_a_report_on_a_damaged_event_file_is_shown_and_fails_the_command(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = gather(make_study(home), NAME).arms[0].runs[0]
+    events = Home(home).run(run.run_id).attempt(1).events
+    with events.open("ab") as file:
+        file.write(b"{broken\n")
+    for options in ([], ["--json"]):
+        assert caddie(home, "report", NAME, *options) == ProtocolError.exit_code
+        out, err = capsys.readouterr()
+        assert "best" in out
+        assert f"error: {events}: byte" in err
+        assert "hint: what these files hold is missing above; the rest stands" in err
 
 
 def test_the_doctor_names_what_it_found_and_fails_only_for_what_is_missing(

@@ -231,8 +231,8 @@ def test_a_damaged_event_line_is_reported_and_the_rest_is_shown(tmp_path):
     run = gather(home, NAME).arms[0].runs[0]
     with_event_line(home.run(run.run_id).attempt(1), b"\xff broken\n")
     report = write_report(home, NAME)
-    assert any("not a JSON object" in problem for problem in report.problems)
-    assert "warning: " in render_text(report)
+    assert any("not a JSON object" in place for place in report.damage)
+    assert "not a JSON object" in report.page.read_text()
 
 
 def test_a_pipe_in_a_reason_does_not_break_the_markdown_table(tmp_path):
