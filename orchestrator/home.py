@@ -90,6 +90,13 @@ class Home:
     def mlflow_artifacts(self) -> Path:
         return self.root / "mlflow-artifacts"
 
+    @property
+    def compile_cache(self) -> Path:  # what nodes compiled, for other nodes; losing it costs time only
+        return self.root / "compile-cache"
+
+    def compiled(self, key: str) -> Path:
+        return self.compile_cache / f"{key}.tar.gz"
+
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)
 
@@ -122,6 +129,11 @@ class Home:
                 probe.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(error, self.root) from error
+
+
+def home_of(run: RunDir) -> Home:
+    """The home that a run lies in."""
+    return Home(run.root.parent.parent)
 
 
 def default_home() -> Home:

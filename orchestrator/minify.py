@@ -1,22 +1,32 @@
 """Smaller sources for the bundle: the same statements on the same lines, without what only a reader needs.
 
-Taken out: comments, documenting strings, annotations (a field's becomes `0` where nothing looks at it), definitions that
-nothing in the bundle names, imports that are then unused, and white space. Lines are never joined or moved, so a
+Taken out: comments, documenting strings, annotations that nothing looks at (a field's becomes `0`), definitions that
+nothing in the bundle names, imports that are then unused, assertions (as `python -O` does), and white space. Names of our
+own are shortened (`short_names` says which). Statements stay on the lines on which they begin, so a
 traceback of the bundle points into the readable source.
+
+Taken on trust, where the caller says so: what a program is given by one that has already checked it.
+
+    checks    functions that only raise: the statements that call them go, and they with them
+    records   dataclasses that are read from files which state every field, and the classes made of them in their
+              module: the fields go, with defaults and `__post_init__`; any keyword becomes an attribute; methods stay
 """
 
 from __future__ import annotations
 
 import ast
-import builtins
 import io
 import itertools
-import keyword
 import re
-import string
 import tokenize
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+from orchestrator.errors import CaddieError
+from orchestrator.short_names import imported, is_looked_at, open_classes, parameters, short_names
+
+BODIES = ("body", "orelse", "finalbody")
+RECORD = "def __init__(self,/,**a):self.__dict__.update(a)"
 
 
 @dataclass(frozen=True, order=True)
@@ -28,67 +38,231 @@ class _Cut:
     replacement: str = ""
 
 
-def minify(sources: Mapping[str, str], *, entry: str) -> dict[str, str]:
-    """Smaller sources of a closed set of modules, by dotted name; `entry` is the one function that is called from outside."""
-    trees = {name: _with_bare_fields(ast.parse(source)) for name, source in sources.items()}
-    used = _used_names(trees.values(), entry)
-    keywords = {str(node.arg) for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.keyword)}
-    return {
-        name: _spaces_out(_cut(source, [*_cuts(trees[name], used), *_rename_cuts(trees[name], keywords)]))
-        for name, source in sources.items()
-    }
+def minify(
+    sources: Mapping[str, str], *, entry: str, checks: Collection[str] = (), records: Collection[str] = ()
+) -> dict[str, str]:
+    """Smaller sources of a closed set of modules, by dotted name; `entry` is the one function that is called from outside.
+
+    `checks` and `records` are dotted names of what is taken on trust. Raises CaddieError where that cannot be done.
+    """
+    trees = {name: ast.parse(source) for name, source in sources.items()}
+    cuts = _take_on_trust(trees, checks, records)
+    for _ in range(2):  # what is left out the first time may have been all that looked at types
+        for module, tree in trees.items():
+            cuts[module] += _take_out_types(tree)
+        used = _used_names(trees.values(), entry)
+        for module, tree in trees.items():
+            cuts[module] += _leave_out(tree, used)
+    taken = {pair for tree in trees.values() for pair in _taken(tree, trees)}
+    for module, tree in trees.items():
+        _leave_out_imports(tree, _words_in(tree) | {word for origin, word in taken if origin == module})
+    short = short_names(trees, sources, entry=entry)
+    smaller = {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            cuts[module] += [*_annotation_cuts(node), *_import_cuts(node, short.shared if _is_of(node, trees) else {})]
+        for (row, column), word, name in short.places[module]:
+            cuts[module].append(_Cut((row, column), (row, column + len(word.encode())), name))
+        smaller[module] = _spaces_out(_cut(sources[module], cuts[module]))
+    return smaller
 
 
-def _with_bare_fields(tree: ast.Module) -> ast.Module:
-    """The tree with `0` for the types of fields, which only say that a field is there, unless the module looks at them."""
+def _take_on_trust(
+    trees: Mapping[str, ast.Module], checks: Collection[str], records: Collection[str]
+) -> dict[str, list[_Cut]]:
+    """Take checks and records' fields out of the trees; returns what that cuts out of each module."""
+    cuts: dict[str, list[_Cut]] = {module: [] for module in trees}
+    trusted = {f"{module}.{s.name}" for module, s in _definitions(trees)} & {*checks, *records}
+    if unknown := sorted({*checks, *records} - trusted):
+        raise CaddieError(f"{', '.join(unknown)}: nothing in the bundle has this name, it cannot be taken on trust")
+    names = {check.rpartition(".")[2] for check in checks}
+    for module, tree in trees.items():
+        for owner in ast.walk(tree):
+            cuts[module] += _check_cuts(owner, names)
+    plain: set[str] = set()
+    for module, definition in _definitions(trees):
+        if isinstance(definition, ast.ClassDef):
+            bases = {f"{module}.{base.id}" for base in definition.bases if isinstance(base, ast.Name)}
+            is_root = f"{module}.{definition.name}" in records
+            if is_root or bases & set(records):
+                plain.add(definition.name)
+                cuts[module] += _record_cuts(definition, is_root=is_root)
+    for tree in trees.values():
+        _require_trustable(tree, names, plain)
+    return cuts
+
+
+def _definitions(trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Functions and classes of all modules, each with its module's name."""
+    for module, tree in trees.items():
+        for statement in tree.body:
+            if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                yield module, statement
+
+
+def _check_cuts(owner: ast.AST, names: set[str]) -> Iterator[_Cut]:
+    """Take the checks, and the statements that only call one, out of a block."""
+    for field in BODIES:
+        body = getattr(owner, field, None)
+        if not isinstance(body, list):
+            continue
+        gone = [s for s in body if _is_check(s, names) or (isinstance(owner, ast.Module) and _is_named(s, names))]
+        stand_in = "0" if len(gone) == len(body) else ""
+        for statement in gone:
+            yield _Cut(_first(statement), _end(statement), stand_in)
+            body.remove(statement)
+
+
+def _is_named(statement: ast.stmt, names: set[str]) -> bool:
+    return isinstance(statement, ast.FunctionDef) and statement.name in names
+
+
+def _is_check(statement: ast.stmt, names: set[str]) -> bool:
+    """Whether a statement only calls a check, with arguments whose evaluation changes nothing."""
+    if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)):
+        return False
+    call = statement.value
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return (
+        isinstance(call.func, ast.Name)
+        and call.func.id in names
+        and all(
+            isinstance(node, ast.Name | ast.Attribute | ast.Constant | ast.expr_context)
+            for a in arguments
+            for node in ast.walk(a)
+        )
+    )
+
+
+def _record_cuts(definition: ast.ClassDef, *, is_root: bool) -> Iterator[_Cut]:
+    """Leave of a record its methods; a root's fields give way to a constructor that takes any."""
+    for decorator in definition.decorator_list:
+        yield _Cut((decorator.lineno, decorator.col_offset - 1), _end(decorator))
+    gone = [
+        s for s in definition.body if isinstance(s, ast.AnnAssign) or _is_prose(s) or _is_named(s, {"__post_init__"})
+    ]
+    stand_in = RECORD if is_root else "0" if len(gone) == len(definition.body) else ""
+    for statement in gone:
+        yield _Cut(_begin(statement), _end(statement), stand_in if statement is gone[0] else "")
+    definition.decorator_list = []
+    definition.body = [s for s in definition.body if s not in gone]
+
+
+def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) -> None:
+    """Raise CaddieError where the program would miss what was taken out."""
+    for node in ast.walk(tree):
+        word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+        if word in checks:
+            raise CaddieError(
+                f"line {_begin(node)[0]}: {word} is taken on trust, but not called as a statement with plain arguments"
+            )
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in records):
+            continue
+        if node.args or [keyword.arg for keyword in node.keywords] != [None]:
+            raise CaddieError(
+                f"line {node.lineno}: {node.func.id} is a record taken on trust: build it from one **mapping"
+            )
+
+
+def _take_out_types(tree: ast.Module) -> Iterator[_Cut]:
+    """Take the types of parameters and results out of the tree, and write `0` for those of fields, which only say that
+    a field is there; unless something looks at them."""
     nodes = list(ast.walk(tree))
     if not any(isinstance(node, ast.Attribute) and node.attr == "get_type_hints" for node in nodes):
         for node in nodes:
             if isinstance(node, ast.AnnAssign):
                 node.annotation = ast.copy_location(ast.Constant(0), node.annotation)
-    return tree
+    for node in nodes:
+        if not isinstance(node, ast.FunctionDef) or is_looked_at(node):
+            continue
+        if node.returns is not None:
+            yield _Cut(_begin(node.returns), _end(node.returns), "\0")  # the arrow before it goes with it
+            node.returns = None
+        for parameter in parameters(node):
+            if parameter.annotation is not None:
+                yield _Cut((parameter.lineno, parameter.col_offset + len(parameter.arg.encode())), _end(parameter))
+                parameter.annotation = None
 
 
 def _used_names(trees: Iterable[ast.Module], entry: str) -> set[str]:
     """Every name that the entry can reach; a definition counts as reached as soon as anything reached mentions its name.
 
-    Names are compared as words, without regard to scope or type, so this keeps too much and never too little. Words in
-    strings count too: attributes are also looked up by name.
+    Names are compared as words, without regard to scope or type, so this keeps too much and never too little; a word
+    after a dot, which alone can mean a method, is told apart by its dot. Words in strings count as both: attributes are
+    also looked up by name. A class made of one from outside is kept whole: what is outside may call any method.
     """
-    pending: dict[str, list[ast.stmt]] = {}
+    trees = list(trees)
+    opened = open_classes(trees)
+    modules = {word for tree in trees for node in ast.walk(tree) for word in imported(node)}
+    pending: dict[str, list[set[str]]] = {}
     used: set[str] = set()
     fresh = {entry}
     for tree in trees:
-        owners: list[ast.Module | ast.ClassDef] = [
-            tree,
-            *(node for node in tree.body if isinstance(node, ast.ClassDef)),
-        ]
+        owners: list[ast.Module | ast.ClassDef] = [tree, *(s for s in tree.body if isinstance(s, ast.ClassDef))]
         for owner in owners:
+            in_class = isinstance(owner, ast.ClassDef)
             for statement in owner.body:
-                name = _defined_name(statement, in_class=owner is not tree)
+                name = _defined_name(statement, in_class=in_class)
+                words = _words(statement, modules, skip_methods=not in_class and name not in opened)
+                if isinstance(statement, ast.ClassDef) and name in opened:
+                    words |= {f".{method.name}" for method in statement.body if isinstance(method, ast.FunctionDef)}
+                if in_class:  # where a class is made, its methods have names without a dot
+                    words |= {f".{word}" for node in _evaluated(statement) for word in _words(node, modules)}
                 if name is None or name.startswith("__"):
-                    fresh |= _words(statement, skip_definitions=isinstance(statement, ast.ClassDef))
+                    fresh |= words
                 else:
-                    pending.setdefault(name, []).append(statement)
+                    pending.setdefault("." * in_class + name, []).append(words)
     while fresh:
         used |= fresh
-        reached = [statement for name in fresh for statement in pending.pop(name, [])]
-        fresh = set().union(*(_words(statement, skip_definitions=True) for statement in reached)) - used
+        fresh = set().union(*(words for name in fresh for words in pending.pop(name, []))) - used
     return used
+
+
+def _evaluated(statement: ast.stmt) -> list[ast.AST]:
+    """What of a statement is evaluated where it stands; of a function its decorators and defaults."""
+    if not isinstance(statement, ast.FunctionDef):
+        return [statement]
+    defaults = [*statement.args.defaults, *statement.args.kw_defaults]
+    return [*statement.decorator_list, *(node for node in defaults if node is not None)]
+
+
+def _taken(tree: ast.Module, packed: Collection[str]) -> Iterator[tuple[str, str]]:
+    """What a module imports from the packed ones, or looks up in them: (module, word)."""
+    nodes = list(ast.walk(tree))
+    imports = [(str(node.module), a) for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names]
+    modules = {a.asname or a.name: f"{origin}.{a.name}" for origin, a in imports if f"{origin}.{a.name}" in packed}
+    yield from ((origin, a.name) for origin, a in imports)
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            yield modules[node.value.id], node.attr
+
+
+def _words_in(tree: ast.Module) -> set[str]:
+    """Names in a module, and `annotations` where it has any."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        if not isinstance(getattr(node, "annotation", None) or getattr(node, "returns", None), ast.Constant | None):
+            found.add("annotations")
+    return found
 
 
 def _defined_name(statement: ast.stmt, *, in_class: bool) -> str | None:
     """The one name that a statement defines and does nothing else, or None. Fields of a class are never left out."""
     if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        return statement.name
+        return statement.name if statement.name != "_" else None  # made for what its decorator does
     if in_class or not isinstance(statement, ast.Assign | ast.AnnAssign):
         return None
     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
     return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
 
 
-def _words(statement: ast.AST, *, skip_definitions: bool) -> set[str]:
-    """Names, attributes and words of strings in a statement; of a class not its methods, which are reached by name."""
+def _words(statement: ast.AST, modules: set[str], *, skip_methods: bool = False) -> set[str]:
+    """Names, attributes and words of strings in a statement; of a class its methods only where they are not skipped.
+
+    `modules` are words that may mean a module, whose attributes are names.
+    """
     found: set[str] = set()
     todo: list[ast.AST] = [statement]
     while todo:
@@ -98,28 +272,26 @@ def _words(statement: ast.AST, *, skip_definitions: bool) -> set[str]:
         if isinstance(node, ast.Name):
             found.add(node.id)
         elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            found.add(f".{node.attr}")
+            if isinstance(node.value, ast.Name) and node.value.id in modules:
+                found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-            found.add(node.value)
+            found |= {node.value, f".{node.value}"}
         for child in _without_prose(node):
             is_method = (
-                isinstance(node, ast.ClassDef)
+                node is statement
+                and isinstance(node, ast.ClassDef)
                 and isinstance(child, ast.FunctionDef)
                 and not child.name.startswith("__")
             )
-            if not (skip_definitions and is_method):
+            if not (skip_methods and is_method):
                 todo.append(child)
     return found
 
 
 def _without_prose(node: ast.AST) -> Iterator[ast.AST]:
-    """A node's children, less what the bundle leaves out: annotations of functions and documenting strings."""
-    for name, value in ast.iter_fields(node):
-        if name == "returns" or (name == "annotation" and isinstance(node, ast.arg)):
-            continue
-        for child in value if isinstance(value, list) else [value]:
-            if isinstance(child, ast.AST) and not _is_prose(child):
-                yield child
+    """A node's children, less the documenting strings."""
+    return (child for child in ast.iter_child_nodes(node) if not _is_prose(child))
 
 
 def _is_prose(node: ast.AST) -> bool:
@@ -134,107 +306,35 @@ def _end(node: ast.AST) -> tuple[int, int]:
     return node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]  # as above
 
 
-def _cuts(tree: ast.Module, used: set[str]) -> list[_Cut]:
-    """What is left out of a module."""
-    cuts: list[_Cut] = []
+def _first(statement: ast.stmt) -> tuple[int, int]:
+    """Where a statement begins, with its decorators."""
+    return min([_begin(statement), *((d.lineno, d.col_offset - 1) for d in getattr(statement, "decorator_list", []))])
+
+
+def _leave_out(tree: ast.Module, used: set[str]) -> Iterator[_Cut]:
+    """Take prose, assertions and what nothing reaches out of a module's tree."""
     for owner in ast.walk(tree):
-        for field in ("body", "orelse", "finalbody"):
+        for field in BODIES:
             body = getattr(owner, field, None)
             if isinstance(body, list):
                 in_class = isinstance(owner, ast.ClassDef)
                 dropped = [s for s in body if _is_dropped(s, used, in_class=in_class, is_module=owner is tree)]
                 for statement in dropped:
-                    begin = min(
-                        [
-                            _begin(statement),
-                            *((d.lineno, d.col_offset - 1) for d in getattr(statement, "decorator_list", [])),
-                        ]
-                    )
                     keeps_body = len(dropped) == len(body) and statement is body[0] and owner is not tree
-                    cuts.append(_Cut(begin, _end(statement), "0" if keeps_body else ""))
-        cuts.extend(_annotation_cuts(owner))
-        if isinstance(owner, ast.Import | ast.ImportFrom):
-            cuts.extend(_import_cuts(owner, used))
-    return cuts
-
-
-def _rename_cuts(tree: ast.Module, keywords: set[str]) -> Iterator[_Cut]:
-    """Short names for variables of functions, and for parameters that no call names."""
-    outside = {word for node in tree.body for word in _bound_outside(node)} | set(dir(builtins))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    nested = {id(inner) for f in functions for inner in ast.walk(f) if inner is not f}
-    for function in functions:
-        if id(function) not in nested:
-            yield from _renamed_variables(function, outside | keywords)
-
-
-def _bound_outside(statement: ast.stmt) -> set[str]:
-    """Names that a statement of a module binds there."""
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return {alias.asname or alias.name.partition(".")[0] for alias in statement.names}
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        return {statement.name}
-    return {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
-
-
-def _renamed_variables(function: ast.FunctionDef, outside: set[str]) -> Iterator[_Cut]:
-    """One function's variables, those of functions inside it included.
-
-    A word that is bound in the function and nowhere outside it means a variable of the function wherever it stands in
-    it. Words that something else may look up keep their names: what calls name, what f-strings mention (Python 3.11 does
-    not know where in the line), handlers' names, functions and classes inside.
-    """
-    nodes = list(ast.walk(function))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    parameters = [node for node in nodes if isinstance(node, ast.arg)]
-    kept = outside | {a.arg for f in nodes if isinstance(f, ast.FunctionDef | ast.Lambda) for a in f.args.kwonlyargs}
-    kept |= {
-        inner.id
-        for node in nodes
-        if isinstance(node, ast.JoinedStr)
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Name)
-    }
-    kept |= {str(getattr(node, "name", None)) for node in nodes}
-    kept |= {word for node in nodes if isinstance(node, ast.Global | ast.Nonlocal) for word in node.names}
-    for node in nodes:
-        if isinstance(node, ast.ClassDef | ast.Import | ast.ImportFrom):
-            return  # a scope of another kind: leave the function as it is
-    stored = [*(a.arg for a in parameters), *(n.id for n in names if isinstance(n.ctx, ast.Store))]
-    bound = [word for word in dict.fromkeys(stored) if word not in kept]
-    taken = kept | {n.id for n in names}
-    free = (
-        word
-        for word in itertools.chain(
-            *(map("".join, itertools.product(string.ascii_lowercase, repeat=k)) for k in (1, 2))
-        )
-    )
-    short = {
-        word: next(w for w in free if w not in taken and not keyword.iskeyword(w)) for word in bound if len(word) > 1
-    }
-    for name in names:
-        if name.id in short:
-            yield _Cut(_begin(name), _end(name), short[name.id])
-    for parameter in parameters:
-        (row, column), word = _begin(parameter), parameter.arg
-        if word in short:
-            yield _Cut((row, column), (row, column + len(word.encode())), short[word])
+                    yield _Cut(_first(statement), _end(statement), "0" if keeps_body else "")
+                setattr(owner, field, [s for s in body if s not in dropped])
 
 
 def _is_dropped(statement: ast.stmt, used: set[str], *, in_class: bool, is_module: bool) -> bool:
-    if _is_prose(statement):
+    if _is_prose(statement) or isinstance(statement, ast.Assert):
         return True
     if not (in_class or is_module):
         return False
     name = _defined_name(statement, in_class=in_class)
-    return name is not None and name not in used and not name.startswith("__")
+    return name is not None and "." * in_class + name not in used and not name.startswith("__")
 
 
 def _annotation_cuts(node: ast.AST) -> Iterator[_Cut]:
-    if isinstance(node, ast.arg) and node.annotation is not None:
-        yield _Cut((node.lineno, node.col_offset + len(node.arg.encode())), _end(node))
-    elif isinstance(node, ast.FunctionDef) and node.returns is not None:
-        yield _Cut(_begin(node.returns), _end(node.returns), "\0")  # the arrow before it goes with it
     if isinstance(node, ast.ClassDef):
         for field in node.body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.annotation, ast.Constant):
@@ -250,14 +350,23 @@ def _annotation_cuts(node: ast.AST) -> Iterator[_Cut]:
                     yield _Cut(_end(statement.target), _end(statement.annotation))
 
 
-def _import_cuts(node: ast.Import | ast.ImportFrom, used: set[str]) -> Iterator[_Cut]:
-    if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-        return
-    kept = [a for a in node.names if (a.asname or a.name.partition(".")[0]) in used]
-    if len(kept) < len(node.names) or _begin(node)[0] != _end(node)[0]:
-        names = ",".join(f"{a.name} as {a.asname}" if a.asname else a.name for a in kept)
+def _leave_out_imports(tree: ast.Module, needed: set[str]) -> None:
+    """Leave the imports that bind the words needed; what is left of the others imports nothing."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            node.names = [a for a in node.names if (a.asname or a.name.partition(".")[0]) in needed]
+
+
+def _is_of(node: ast.AST, packed: Collection[str]) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module in packed
+
+
+def _import_cuts(node: ast.AST, short: Mapping[str, str]) -> Iterator[_Cut]:
+    """The import as it is left, on one line."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = ",".join(short.get(a.name, a.name) + (f" as {a.asname}" if a.asname else "") for a in node.names)
         start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
-        yield _Cut(_begin(node), _end(node), start + names if kept else "")
+        yield _Cut(_begin(node), _end(node), start + names if names else "")
 
 
 def _cut(source: str, cuts: list[_Cut]) -> str:
@@ -288,33 +397,67 @@ def _outermost(cuts: list[_Cut]) -> list[_Cut]:
 
 
 def _spaces_out(source: str) -> str:
-    """Comments gone, one space a level, and none between tokens that do not need it."""
-    rows: dict[int, list[tokenize.TokenInfo]] = {}
-    indents: dict[int, int] = {}
-    level, starts_statement = 0, True
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    """Comments gone, each statement on its first line, one space a level, none between tokens that do not need it."""
+    text, row = "", 1
+    for level, tokens in _statements(source):
+        (first, _), (last, _) = tokens[0].start, tokens[-1].end
+        statement = " " * level + _close_together(_without_last_commas(tokens))
+        text += "\n" * (first - row) + statement + "\n" * (last + 1 - first - statement.count("\n"))
+        row = last + 1
+    return text + "\n" * (source.count("\n") + 1 - row)
+
+
+def _statements(source: str) -> Iterator[tuple[int, list[tokenize.TokenInfo]]]:
+    """The tokens of each statement and how deep it stands; what shares a line counts as one statement."""
+    level = 0
+    found: list[tokenize.TokenInfo] = []
+    for token in _tokens(source):
         if token.type in (tokenize.INDENT, tokenize.DEDENT):
             level += 1 if token.type == tokenize.INDENT else -1
         elif token.type == tokenize.NEWLINE:
-            starts_statement = True
+            yield level, found
+            found = []
         elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
-            row = token.start[0]
-            if row not in rows:
-                indents[row] = level if starts_statement else 0
-            rows.setdefault(row, []).append(token)
-            starts_statement = False
-    lines = source.splitlines()
-    return "".join(
-        " " * indents.get(n, 0) + _row(lines[n - 1], rows.get(n, [])) + "\n" for n in range(1, len(lines) + 1)
-    )
+            found.append(token)
 
 
-def _row(line: str, tokens: list[tokenize.TokenInfo]) -> str:
-    """One line's tokens, close together; a line with an f-string that Python took apart stays as it is, less its comment."""
-    if not tokens:
-        return ""
-    if any(tokenize.tok_name[token.type].startswith("FSTRING") for token in tokens):
-        return line[tokens[0].start[1] : tokens[-1].end[1]]
+def _tokens(source: str) -> Iterator[tokenize.TokenInfo]:
+    """The source's tokens, an f-string as one: Python 3.12 takes them apart, 3.11 does not."""
+    lines, depth, start = source.splitlines(keepends=True), 0, (0, 0)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_START":
+            start = start if depth else token.start
+            depth += 1
+        if not depth:
+            yield token
+        if kind == "FSTRING_END":
+            depth -= 1
+            if not depth:
+                (first, begin), (last, end) = start, token.end
+                rows = [*lines[first - 1 : last - 1], lines[last - 1][:end]]
+                yield tokenize.TokenInfo(tokenize.STRING, "".join(rows)[begin:], start, token.end, token.line)
+
+
+def _without_last_commas(tokens: list[tokenize.TokenInfo]) -> list[tokenize.TokenInfo]:
+    """The tokens less a comma before a closing bracket, where others stand in the brackets: then it means nothing."""
+    kept: list[tokenize.TokenInfo] = []
+    commas: list[int] = []
+    for token in tokens:
+        if token.type == tokenize.OP and token.string in ("(", "[", "{"):
+            commas.append(0)
+        elif token.type == tokenize.OP and token.string in (")", "]", "}"):
+            if commas.pop() > 1 and kept[-1].string == ",":
+                kept.pop()
+        elif commas and token.string == ",":
+            commas[-1] += 1
+        elif commas and token.string == "lambda":
+            commas[-1] -= len(tokens)  # its own commas are others
+        kept.append(token)
+    return kept
+
+
+def _close_together(tokens: list[tokenize.TokenInfo]) -> str:
     text = tokens[0].string
     for before, token in itertools.pairwise(tokens):
         text += " " * _needs_space(before, token) + token.string

@@ -1,4 +1,4 @@
-"""The worker: runs inside a job and stands between the scheduler and the trainer. Standard library and the protocol only.
+"""The worker: runs inside a job and stands between the scheduler and the trainer. Needs the standard library only.
 
 It claims the attempt, starts the trainer from the run directory alone, passes on the signal to stop, and sees to it that
 every attempt ends with a result: where the trainer left none, the worker says why.
@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator import compile_cache
+from orchestrator.home import home_of
 from trainer import protocol
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
 from trainer.protocol import AttemptDir, Failure, Result, RunDir, Spec
@@ -37,7 +39,7 @@ PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "triton")
 # Named one by one: an environment holds secrets, and env.json is published with a record.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONHASHSEED", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE",
-    "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
+    *compile_cache.VARIABLES, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
     "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT",
 )  # fmt: skip
 
@@ -253,15 +255,7 @@ def _attempt(
     if attempt.stop.exists():
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
     _require_bundle(run, spec)
-    tag = trainer_tag(attempt)
-    environment = trainer_environment(gpus, tag)
-    protocol.write_json_atomically(attempt.env, describe_environment(environment))
-    with attempt.stdout.open("ab") as out, attempt.stderr.open("ab") as err:
-        process = subprocess.Popen(
-            trainer_command(run, attempt.number, processes),
-            cwd=run.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0,
-        )  # fmt: skip
-    ended = _watch(process, attempt, tag=tag, timeout_seconds=seconds[0], grace_seconds=seconds[1])
+    returncode, ended = _run_trainer(run, attempt, spec, processes=processes, gpus=gpus, seconds=seconds)
     too_long = failure_of(
         protocol.TIMEOUT, f"ended after {seconds[0]:g} s, the study's [resources] timeout_minutes", attempt.stderr
     )
@@ -273,10 +267,31 @@ def _attempt(
     if ended == protocol.STOPPED:
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
     tail = log_tail(attempt.stderr)
-    kind = classify(process.returncode, tail, timed_out=ended == protocol.TIMEOUT)
-    failure = failure_of(kind, explain(process.returncode, tail), attempt.stderr)
+    kind = classify(returncode, tail, timed_out=ended == protocol.TIMEOUT)
+    failure = failure_of(kind, explain(returncode, tail), attempt.stderr)
     failure = too_long if kind == protocol.TIMEOUT else failure
     return _result(run, attempt, status=protocol.FAILED, failure=failure, spec=spec)
+
+
+def _run_trainer(
+    run: RunDir, attempt: AttemptDir, spec: Spec, *, processes: int, gpus: str, seconds: tuple[float, float]
+) -> tuple[int, str | None]:
+    """Start the trainer, with what was compiled before, and see it end: its exit status, and why it had to end."""
+    tag = trainer_tag(attempt)
+    environment, machine = trainer_environment(gpus, tag), describe_machine(gpus)
+    key = compile_cache.key_of(spec, processes=processes, packages=machine.packages, gpus=machine.gpus)
+    with compile_cache.lent(key, archive=home_of(run).compiled(key), environment=environment) as cache:
+        environment |= cache.variables
+        protocol.write_json_atomically(attempt.env, describe_environment(environment, machine, cache.found))
+        with attempt.stdout.open("ab") as out, attempt.stderr.open("ab") as err:
+            process = subprocess.Popen(
+                trainer_command(run, attempt.number, processes),
+                cwd=run.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0,
+            )  # fmt: skip
+        ended = _watch(process, attempt, tag=tag, timeout_seconds=seconds[0], grace_seconds=seconds[1])
+        if attempt.result.exists() and protocol.read_result(attempt.result).status == protocol.COMPLETE:
+            cache.save()
+    return process.returncode, ended
 
 
 def _require_bundle(run: RunDir, spec: Spec) -> None:
@@ -361,16 +376,34 @@ def _result(
     )  # fmt: skip
 
 
-def describe_environment(environment: dict[str, str]) -> dict[str, object]:
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a run runs on."""
+
+    host: str
+    platform: str
+    python: str
+    processors: int | None
+    packages: dict[str, str]
+    gpus: Sequence[str]
+
+
+def describe_machine(gpus: str) -> Machine:
+    """This machine, with the GPUs that are visible to the run."""
+    return Machine(
+        host=platform.node(), platform=platform.platform(), python=platform.python_version(), processors=os.cpu_count(),
+        packages={name: version for name in PACKAGES if (version := _installed(name))}, gpus=_gpu_names(gpus),
+    )  # fmt: skip
+
+
+def describe_environment(
+    environment: dict[str, str], machine: Machine, compiled: compile_cache.Found
+) -> dict[str, object]:
     """What the run ran on, for `env.json`; nothing that could be a secret."""
     return {
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "processors": os.cpu_count(),
-        "packages": {name: version for name in PACKAGES if (version := _installed(name))},
-        "gpus": _gpu_names(environment["CUDA_VISIBLE_DEVICES"]),
+        **dataclasses.asdict(machine),
         "environment": {name: environment[name] for name in ENVIRONMENT if name in environment},
+        "compile_cache": dataclasses.asdict(compiled),
     }
 
 

@@ -99,20 +99,30 @@ def _index(content: bytes, place: str) -> _Index:
     (length,) = struct.unpack_from("<I", content, len(MAGIC))
     try:
         header = json.loads(content[start : start + length])
-        meta, tensors = header["meta"], [(str(n), str(c), [int(d) for d in shape]) for n, c, shape in header["tensors"]]
-        well_formed = isinstance(meta, dict) and all(
-            c in ("q", "h", "f") and all(0 <= d < 2**31 for d in s) and (c != "q" or len(s) == 2) for _, c, s in tensors
-        )
+        _require_written(header)
+        meta, tensors = header["meta"], header["tensors"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProtocolError(f"{place}: damaged header: {error}") from error
-    if not well_formed or len({name for name, _, _ in tensors}) < len(tensors):
-        raise ProtocolError(f"{place}: damaged header: a tensor's name, code or shape is not one that is written")
     values = {code: sum(math.prod(s) for _, c, s in tensors if c == code) for code in "qhf"}
     halves = values["h"] + sum(shape[0] for _, code, shape in tensors if code == "q")
     expected = start + length + values["q"] + 2 * halves + 4 * values["f"]
     if len(content) != expected:
         raise ProtocolError(f"{place}: {len(content)} bytes, its header describes {expected}")
     return _Index(meta, tensors, start + length, values["q"], halves, values["f"])
+
+
+def _require_written(header: Any) -> None:
+    """Raise ValueError, KeyError or TypeError for a header that `encode` does not write."""
+    tensors = [(name, code, list(shape)) for name, code, shape in header["tensors"]]
+    is_written = isinstance(header["meta"], dict) and all(
+        isinstance(name, str)
+        and code in ("q", "h", "f")
+        and all(type(size) is int and 0 <= size < 2**31 for size in shape)
+        and (code != "q" or len(shape) == 2)
+        for name, code, shape in tensors
+    )
+    if not is_written or len({name for name, _, _ in tensors}) < len(tensors):
+        raise ValueError("a tensor's name, code or shape is not one that is written")
 
 
 def decode(content: bytes, place: str) -> ModelFile:

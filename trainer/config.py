@@ -130,6 +130,9 @@ class ModelConfig(Section):
     skips: str = _one_of("gated", "gated", "plain", "off")
     """U-Net skips from the first half of the (virtual) layers to the second."""
 
+    lane_skips: bool = True
+    """Fuse skips into the attention's lane after the split; the script of #1326 computes those and throws them away."""
+
     tie_embeddings: bool = True
     """Use the token table as the output head."""
 
@@ -317,8 +320,8 @@ class QuantConfig(Section):
     embedding_clip_quantile: float = _between(0.9999984, 0.5, 1)
     """Clipping point of a table's row."""
 
-    calibration_steps: int = _between(64, 1)
-    """Training batches that GPTQ's second moments are taken from."""
+    calibration_steps: int = _between(8, 1)
+    """Training batches that GPTQ's second moments are taken from; the script of #1326 reads 64 a GPU and keeps one GPU's."""
 
     damping: float = _between(0.01, above=0)
     """Added to the second moments' diagonal, as a part of its mean."""
@@ -391,7 +394,7 @@ class LimitsConfig(Section):
     """Wall-clock of the training loop, calibration included."""
 
     reserve_seconds: float = _between(10.0, 0)
-    """Part of it that is kept for GPTQ's calibration."""
+    """Part of it that is kept for GPTQ's calibration; where warming up shows that it takes longer, that long."""
 
     eval_seconds: float = _between(600.0, above=0)
     """Wall-clock of the scored evaluation."""
@@ -424,6 +427,13 @@ class RuntimeConfig(Section):
     """Threads a process uses on a CPU; 0 leaves it to torch. A fixed number makes CPU runs repeat bit for bit."""
 
 
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelConfig, "data": DataConfig, "schedule": ScheduleConfig, "optim": OptimConfig, "quant": QuantConfig,
+    "evaluation": EvaluationConfig, "ttt": TTTConfig, "limits": LimitsConfig, "runtime": RuntimeConfig,
+}  # fmt: skip
+"""The type of each field of a Config, by its name in dotted knobs and in TOML."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A complete configuration."""
@@ -452,11 +462,6 @@ class Config:
                 )
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: hint for name, hint in typing.get_type_hints(Config).items() if isinstance(hint, type)
-}
-
-
 def section_name(cls: type[Section]) -> str:
     """The section's name in dotted knobs and in TOML."""
     return next((name for name, section in SECTIONS.items() if section is cls), cls.__name__)
@@ -471,10 +476,15 @@ def knobs() -> dict[str, Any]:
     }
 
 
-def from_mapping(values: Mapping[str, Mapping[str, Any]], base: Config | None = None) -> Config:
-    """`base` (the defaults) with the given values, refusing every section and key that does not exist."""
-    base = base or Config()
-    changed: dict[str, Any] = {}
+def from_mapping(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The configuration with the given values, and the defaults of those that are not; refuses what does not exist."""
+    _require_known(values)
+    sections: dict[str, Any] = {name: SECTIONS[name](**entries) for name, entries in values.items()}
+    return Config(**sections)
+
+
+def _require_known(values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ConfigError for a section or a key that does not exist, with the nearest name."""
     for section, entries in values.items():
         if section not in SECTIONS:
             raise ConfigError(f"there is no section [{section}]", hint=nearest(section, SECTIONS))
@@ -484,8 +494,6 @@ def from_mapping(values: Mapping[str, Mapping[str, Any]], base: Config | None = 
         for key in entries:
             if key not in names:
                 raise ConfigError(f"[{section}] has no key {key!r}", hint=nearest(key, names))
-        changed[section] = dataclasses.replace(getattr(base, section), **entries)
-    return dataclasses.replace(base, **changed)
 
 
 def with_knobs(config: Config, values: Mapping[str, Any]) -> Config:
@@ -496,7 +504,10 @@ def with_knobs(config: Config, values: Mapping[str, Any]) -> Config:
             raise ConfigError(f"there is no knob {knob!r}", hint=nearest(knob, knobs()))
         section, _, name = knob.partition(".")
         sections.setdefault(section, {})[name] = value
-    return from_mapping(sections, config)
+    changed: dict[str, Any] = {
+        section: dataclasses.replace(getattr(config, section), **entries) for section, entries in sections.items()
+    }
+    return dataclasses.replace(config, **changed)
 
 
 def knob_value(config: Config, knob: str) -> Any:

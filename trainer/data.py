@@ -62,13 +62,18 @@ def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePiecePr
             f"{path}: the tokenizer has {tokenizer.vocab_size()} pieces, the model's vocab_size is {vocab_size}",
             hint="set model.vocab_size to the tokenizer's, or take another data set",
         )
+    _require_lone_space(tokenizer, path)
+    return tokenizer
+
+
+def _require_lone_space(tokenizer: sentencepiece.SentencePieceProcessor, path: Path) -> None:
+    """Raise DataError where bytes could not be counted with a tokenizer."""
     if tokenizer.piece_to_id(SPACE) == tokenizer.unk_id():
         raise DataError(
             f"{path}: the tokenizer has no stand-alone {SPACE} (U+2581): each space that is a token of its own would "
             "become three byte tokens and count three bytes",
             hint="train it on text in which spaces stand between words, with byte fallback",
         )
-    return tokenizer
 
 
 class TokenBytes:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,20 @@ from torch import Tensor
 
 from trainer.config import RuntimeConfig
 from trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A tensor that is on its way."""
+
+    tensor: Tensor
+    work: Any
+
+    def arrived(self) -> Tensor:
+        """The tensor, complete for what is asked of the device next."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_all(self, tensors: Iterable[Tensor]) -> None:
-        """Add tensors up over all processes, in place, in one exchange."""
-        tensors = list(tensors)
-        if self.size > 1 and tensors:
-            flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-            for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-                tensor.copy_(part.view_as(tensor))
-
     def agree(self, *numbers: float) -> tuple[float, ...]:
         """The first process's numbers, on every process, so that clocks and signals decide the same everywhere."""
         if self.size == 1:
@@ -52,10 +56,42 @@ class World:
         dist.broadcast(shared, src=0, group=self.control)
         return tuple(shared.tolist())
 
-    def autocast(self, runtime: RuntimeConfig) -> AbstractContextManager[Any]:
-        """The precision of matrix products."""
+    def begin_sum(self, tensor: Tensor) -> Waiting:
+        """Begin to add `tensor` up over all processes, in place."""
+        return Waiting(tensor, dist.all_reduce(tensor, async_op=True) if self.size > 1 else None)
+
+    def begin_scatter(self, whole_PMN: Tensor) -> Waiting:
+        """Begin to add equal shapes up over all processes; each gets its share of the first dimension."""
+        if self.size == 1:
+            return Waiting(whole_PMN, None)
+        share = whole_PMN.chunk(self.size)[self.rank]
+        if self.device.type == "cpu":  # gloo cannot scatter
+            return Waiting(share, dist.all_reduce(whole_PMN, async_op=True))
+        return Waiting(share, dist.reduce_scatter_tensor(share, whole_PMN, async_op=True))
+
+    def begin_gather(self, share_PMN: Tensor) -> Waiting:
+        """Begin to put the shares of all processes one behind the other."""
+        if self.size == 1:
+            return Waiting(share_PMN, None)
+        whole = share_PMN.new_empty(self.size * share_PMN.size(0), *share_PMN.shape[1:])
+        return Waiting(whole, dist.all_gather_into_tensor(whole, share_PMN.contiguous(), async_op=True))
+
+    def largest(self, number: float) -> float:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        shared = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control)
+        return float(shared)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A tensor of the CPU on this process's device, without waiting for what the device still has to do."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+    def precision(self, runtime: RuntimeConfig) -> torch.dtype:
+        """Of the network's stream and matrix products."""
         wants_bfloat16 = runtime.precision == "bfloat16" or (runtime.precision == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, dtype=torch.bfloat16) if wants_bfloat16 else nullcontext()
+        return torch.bfloat16 if wants_bfloat16 else torch.float32
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given, so that a clock tells the truth."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trainer.config import EvaluationConfig, RuntimeConfig
+from trainer.config import EvaluationConfig
 from trainer.distributed import World
 from trainer.errors import CaddieError
 from trainer.protocol import Score
@@ -24,15 +24,17 @@ from trainer.protocol import Score
 # Dimensions: N tokens of the split, P = N - 1 positions (targets) to score, W windows, L tokens of a window,
 # S scored positions of a window.
 
+RUNNING_SCORES = 50  # running scores of one evaluation, at most
+
 
 class JudgeError(CaddieError):
     """An evaluation that would not be a score: a position scored twice or never."""
 
 
 class Scorer(Protocol):
-    """What the judge needs of a model."""
+    """What the judge needs of a model: the cross-entropy of the last `scored` targets of each row, in nats."""
 
-    def nats(self, tokens_BT: Tensor, targets_BT: Tensor, *, recurrent: bool, scored: int) -> Tensor: ...
+    def __call__(self, tokens_BT: Tensor, targets_BT: Tensor, /, *, recurrent: bool, scored: int) -> Tensor: ...
 
 
 class Adapter(Protocol):
@@ -60,6 +62,7 @@ class Windows:
     """Windows in reading order: window w reads `length` tokens and scores positions begins[w] ... ends[w] - 1, its last."""
 
     length: int
+    stride: int
     begins_W: Tensor
     ends_W: Tensor
 
@@ -73,7 +76,7 @@ def plan_windows(positions: int, *, length: int, stride: int) -> Windows:
     length = min(length, positions)
     ends = torch.arange(length, positions + stride, stride).clamp_(max=positions)
     ends = ends[: int((ends < positions).sum()) + 1]
-    return Windows(length, torch.cat((torch.zeros(1, dtype=ends.dtype), ends[:-1])), ends)
+    return Windows(length, min(stride, length), torch.cat((torch.zeros(1, dtype=ends.dtype), ends[:-1])), ends)
 
 
 class Tally:
@@ -121,46 +124,53 @@ class Evaluation:
     """Nats per token of the first chunk's positions."""
 
 
-def _shares(windows: Windows, first: int, last: int, *, batch: int, world: World) -> Iterator[tuple[Tensor, int]]:
-    """This process's batches of the windows first ... last - 1: (window numbers, positions that each scores)."""
+def _batches(windows: Windows, first: int, last: int, *, batch: int, world: World) -> Iterator[tuple[int, int, int]]:
+    """This process's batches of the windows first ... last - 1: (its first window, its last + 1, positions scored in each)."""
     scored = windows.ends_W[first:last] - windows.begins_W[first:last]
     edges = [0, *((scored[1:] != scored[:-1]).nonzero().flatten() + 1).tolist(), last - first]
     for begin, end in itertools.pairwise(edges):
-        share = torch.arange(first + begin, first + end).tensor_split(world.size)[world.rank]
-        for numbers in share.split(batch):
-            if numbers.numel():
-                yield numbers, int(scored[begin])
+        mine = range(
+            first + begin + (end - begin) * world.rank // world.size,
+            first + begin + (end - begin) * (world.rank + 1) // world.size,
+        )
+        for start in mine[::batch]:
+            yield start, min(start + batch, mine.stop), int(scored[begin])
 
 
 def evaluate(
-    model: Scorer, stream: Stream, windows: Windows, *, config: EvaluationConfig, runtime: RuntimeConfig, recurrent: bool,
-    world: World, chunk_tokens: int, adapter: Adapter | None = None, on_chunk: Callable[[int, int, float], None] | None = None,
+    scorer: Scorer, stream: Stream, windows: Windows, *, config: EvaluationConfig, recurrent: bool, world: World,
+    chunk_tokens: int, adapter: Adapter | None = None, on_chunk: Callable[[int, int, float], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score every position of the split once, from left to right, chunk by chunk.
 
     With an adapter, each chunk but the last is handed to it after its score is committed. `on_chunk(chunk, chunks,
-    bpb)` hears the running bits per byte of all processes. Raises JudgeError.
+    bpb)` hears now and then the running bits per byte of all processes. Nothing else waits for the device.
+    Raises JudgeError.
     """
     started = time.perf_counter()
     tally, device = Tally(stream), stream.tokens_N.device
     chunks = math.ceil(stream.positions / chunk_tokens)
     bounds = torch.searchsorted(windows.begins_W, torch.arange(chunks + 1) * chunk_tokens).tolist()
-    offsets, first_chunk_loss = torch.arange(windows.length, device=device), math.nan
+    # One shape for all batches, and two numbers of scored positions: what is compiled is compiled once.
+    batch = min(config.batch_windows, math.ceil(max(b - a for a, b in itertools.pairwise(bounds)) / world.size))
+    ends_W, offsets = windows.ends_W.to(device), torch.arange(windows.length, device=device)
+    first_chunk_loss = math.nan
     for chunk in range(chunks):
-        for numbers, scored in _shares(
-            windows, bounds[chunk], bounds[chunk + 1], batch=config.batch_windows, world=world
-        ):
-            rows = windows.ends_W[numbers].to(device)[:, None] - windows.length + offsets
+        for begin, end, scored in _batches(windows, bounds[chunk], bounds[chunk + 1], batch=batch, world=world):
+            numbers = torch.arange(begin, begin + batch, device=device).clamp_(max=end - 1)
+            rows = ends_W[numbers, None] - windows.length + offsets
             tokens, targets = stream.tokens_N[rows].long(), stream.tokens_N[rows + 1].long()
-            with torch.no_grad(), world.autocast(runtime):
-                nats = model.nats(tokens, targets, recurrent=recurrent, scored=scored)
-            tally.commit(rows[:, -scored:], nats)
+            asked = windows.stride if scored <= windows.stride else windows.length
+            with torch.no_grad():
+                nats = scorer(tokens, targets, recurrent=recurrent, scored=asked)
+            tally.commit(rows[: end - begin, -scored:], nats[: end - begin, -scored:])
         done = min(stream.positions, (chunk + 1) * chunk_tokens)
-        if chunk == 0 or on_chunk:
+        is_heard = on_chunk and (chunks - 1 - chunk) % (1 + chunks // RUNNING_SCORES) == 0  # the last one always
+        if chunk == 0 or is_heard:
             nats_so_far = float(world.sum(tally.nats.clone()))
             if chunk == 0:
                 first_chunk_loss = nats_so_far / done
-            if on_chunk:
+            if on_chunk and is_heard:
                 so_far = score_of(nats_so_far, done, int(stream.target_bytes_P[:done].sum(dtype=torch.int64)), 0.0)
                 on_chunk(chunk, chunks, so_far.bpb)
         if adapter is not None and chunk < chunks - 1:

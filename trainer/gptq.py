@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.config import QuantConfig
 
@@ -134,23 +132,14 @@ def quantize_table(weight_MN: Tensor, config: QuantConfig) -> Quantized:
     return Quantized(round_to_nearest(weight, scales, config.embedding_bits), scales)
 
 
-@contextmanager
-def second_moments(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Collect X^T X of each module's inputs, summed over positions, in float32, while the context is open."""
-    collected: dict[str, Tensor] = {}
+class SecondMoments:
+    """X^T X of what each matrix reads, by the matrix's name, summed over positions in float32; the model's `observe`."""
 
-    def collector(name: str):  # type: ignore[no-untyped-def]  # torch's hook protocol
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2).float()
-            if name not in collected:
-                collected[name] = torch.zeros(rows.size(1), rows.size(1), device=rows.device)
-            collected[name].addmm_(rows.T, rows)
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
 
-        return hook
-
-    hooks = [module.register_forward_pre_hook(collector(name)) for name, module in modules.items()]
-    try:
-        yield collected
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __call__(self, name: str, inputs: Tensor) -> None:
+        rows = inputs.flatten(0, -2)
+        # The inputs' own precision multiplies exactly and the sums are float32 either way.
+        product = torch.mm(rows.T, rows, out_dtype=torch.float32) if rows.is_cuda else rows.T.float() @ rows.float()
+        self.sums[name] = self.sums[name].add_(product) if name in self.sums else product

@@ -19,20 +19,21 @@ from typing import Any
 import torch
 
 from trainer import artifact, protocol
+from trainer.attention import fastest_kernels
 from trainer.config import Config, from_mapping
 from trainer.data import Dataset
 from trainer.distributed import World, start_world
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
 from trainer.evaluate import Evaluation, Stream, evaluate, plan_windows
 from trainer.gptq import quantize_matrix, quantize_table
+from trainer.graphs import Recorded
 from trainer.model import Model
 from trainer.optim import parameter_groups
 from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Spec
-from trainer.train import Network, NotFiniteError, calibrate, train, warm_up
+from trainer.train import Network, NotFiniteError, calibrate, reserve_seconds, train, warm_up
 from trainer.ttt import ParityError, SGDAdapter, require_parity
 
 LOG_LINES = 40  # of a traceback, kept in the result
-RUNNING_SCORES = 50  # events of a TTT pass, at most
 
 FAILURES: tuple[tuple[type[BaseException], str], ...] = (
     (ConfigError, protocol.CONFIG),
@@ -105,7 +106,8 @@ def attempt_run(run: Run, attempt: AttemptDir) -> int:
     """Execute the phases and write the result, whatever happens; returns the exit code."""
     status, failure, code = protocol.COMPLETE, None, 0
     try:
-        execute(run)
+        with fastest_kernels():
+            execute(run)
         failure = over_cap(run)
         status = protocol.FAILED if failure else run.found.pop("status", protocol.COMPLETE)
     except StopAsked:
@@ -165,28 +167,41 @@ def execute(run: Run) -> None:
     with run.phase("load"):
         dataset = Dataset.open(Path(run.spec.data_dir), config.model.vocab_size, run.spec.manifest_sha256)
         torch.manual_seed(run.spec.seed)
-        model = Model(config.model, train_length=config.data.sequence_length).to(world.device)
+        model = build_model(config, world)
         network = Network(model, config, world)
         run.found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    if config.schedule.warmup_steps:
-        with run.phase("warm_up"):
-            warm_up(model, network, config, world)
+    if config.runtime.compile or world.device.type == "cuda":
+        with run.phase("compile"):
+            network.prepare()
+    with run.phase("warm_up"):
+        reserve = reserve_seconds(config, warm_up(model, network, config, world))
+    if config.schedule.clock == "time" and reserve > config.limits.reserve_seconds:
+        run.log.emit(protocol.WARNING, name="reserve", planned=config.limits.reserve_seconds, needed=round(reserve, 2))
     run.stop.waits_for_step = True
     with run.phase("train"):
         outcome = train(
             model, network, dataset, config=config, seed=run.spec.seed, world=world, log=run.log,
-            stop_asked=lambda: run.stop.is_asked,
+            reserve=reserve, stop_asked=lambda: run.stop.is_asked,
         )  # fmt: skip
     run.stop.waits_for_step = False
     run.found.update(
         steps=outcome.steps, tokens=outcome.tokens, train_seconds=outcome.train_seconds,
         final_train_loss=outcome.final_train_loss,
     )  # fmt: skip
+    del network  # and with it the memory of what it recorded
     if outcome.was_stopped:
         run.found["status"] = protocol.STOPPED
         return
     pack(run, model, dataset, outcome.is_recurrent)
     score(run, model, dataset, outcome.is_recurrent)
+
+
+def build_model(config: Config, world: World) -> Model:
+    """A fresh model on this process's device, as the run calls it."""
+    model = Model(config.model, train_length=config.data.sequence_length, precision=world.precision(config.runtime))
+    if config.runtime.compile:
+        model.compile_parts()
+    return model.to(world.device)
 
 
 def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
@@ -242,10 +257,9 @@ def stored_model(run: Run) -> tuple[Model, bool]:
     """A fresh model from `artifact.bin`, and whether its repeated layers are on. Raises ProtocolError."""
     path = run.directory.artifact
     file = artifact.load(path.read_bytes(), str(path))
-    config = from_mapping(file.meta["config"])
-    model = Model(config.model, train_length=config.data.sequence_length)
+    model = build_model(from_mapping(file.meta["config"]), run.world)
     model.load_state_dict(file.state())
-    return model.to(run.world.device), bool(file.meta["recurrent"])
+    return model, bool(file.meta["recurrent"])
 
 
 def score(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
@@ -278,15 +292,14 @@ def stage_score(run: Run, stage: str, model: Model, stream: Stream, recurrent: b
             length=length,
             recurrent=recurrent,
             world=run.world,
-            runtime=config.runtime,
         )
         if is_ttt
         else None
     )
     with run.phase(stage):
         evaluation = evaluate(
-            model.eval(), stream, windows, config=config.evaluation, runtime=config.runtime, recurrent=recurrent,
-            world=run.world, chunk_tokens=config.ttt.chunk_tokens, adapter=adapter,
+            Recorded(model.eval().nats, is_pure=True), stream, windows, config=config.evaluation, recurrent=recurrent, world=run.world,
+            chunk_tokens=stream.positions if is_flat else config.ttt.chunk_tokens, adapter=adapter,
             on_chunk=running_score(run) if is_ttt else None,
         )  # fmt: skip
     run.found.setdefault("scores", {})[stage] = evaluation.score
@@ -294,11 +307,10 @@ def stage_score(run: Run, stage: str, model: Model, stream: Stream, recurrent: b
 
 
 def running_score(run: Run) -> Callable[[int, int, float], None]:
-    """Log the running bits per byte of a TTT pass at evenly spaced chunks."""
+    """Log the running bits per byte of a TTT pass."""
 
-    def on_chunk(chunk: int, chunks: int, bpb: float) -> None:
-        if chunk % (1 + chunks // RUNNING_SCORES) == 0 or chunk == chunks - 1:
-            run.log.metrics(chunk, run.found["train_seconds"], ttt_chunk=chunk, ttt_bpb=bpb)
+    def on_chunk(chunk: int, _chunks: int, bpb: float) -> None:
+        run.log.metrics(chunk, run.found["train_seconds"], ttt_chunk=chunk, ttt_bpb=bpb)
 
     return on_chunk
 

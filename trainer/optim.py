@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from trainer.config import OptimConfig
 from trainer.distributed import World
 from trainer.model import Model
 from trainer.muon import Muon
+
+CLIP_EPS = 1e-6  # as torch's own clipping has it
 
 
 def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
@@ -28,14 +32,53 @@ def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+def by_shape(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Matrices of one shape together: they are orthogonalised in one batch."""
+    shapes: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        shapes.setdefault(parameter.shape, []).append(parameter)
+    return list(shapes.values())
+
+
+class Gradients:
+    """All gradients in one buffer that keeps its address: matrices of one shape together, then everything else.
+
+    The shapes are padded, so that their matrices can be dealt out equally over the processes.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[nn.Parameter]], others: Sequence[nn.Parameter], world: World) -> None:
+        self.world = world
+        padded = [-(-len(members) // world.size) * world.size for members in shapes]
+        sizes = [count * members[0].numel() for count, members in zip(padded, shapes, strict=True)]
+        sizes.append(sum(parameter.numel() for parameter in others))
+        self.all = torch.zeros(sum(sizes), device=world.device)
+        *stacks, self.others = self.all.split(sizes)
+        self.stacks = [flat.view(-1, *members[0].shape) for flat, members in zip(stacks, shapes, strict=True)]
+        for stack, members in zip(self.stacks, shapes, strict=True):
+            for parameter, grad in zip(members, stack, strict=False):
+                parameter.grad = grad
+        for parameter, flat in zip(others, self.others.split([p.numel() for p in others]), strict=True):
+            parameter.grad = flat.view_as(parameter)
+
+    def summed(self, clip_norm: float) -> list[Tensor]:
+        """Add up over the processes, clip the global norm (0: leave it); this process's share of each shape's matrices."""
+        waiting = [*(self.world.begin_scatter(stack) for stack in self.stacks), self.world.begin_sum(self.others)]
+        *shares, others = [sum_.arrived() for sum_ in waiting]
+        if clip_norm:
+            square = self.world.sum(sum((share.square().sum() for share in shares), others.new_zeros(())))
+            norm = (square + others.square().sum()).sqrt()
+            torch._foreach_mul_([*shares, others], (clip_norm / (norm + CLIP_EPS)).clamp(max=1.0))
+        return shares
+
+
 class Optimizers:
     """Steps all groups with one learning-rate factor."""
 
-    def __init__(self, model: Model, config: OptimConfig, world: World) -> None:
+    def __init__(self, model: Model, config: OptimConfig, world: World, gradients: Gradients) -> None:
         groups = parameter_groups(model)
-        self.config = config
+        self.config, self.gradients = config, gradients
         self.muon = Muon(
-            groups["matrix"], weight_decay=config.muon_weight_decay, steps=config.newton_schulz_steps,
+            by_shape(groups["matrix"]), weight_decay=config.muon_weight_decay, steps=config.newton_schulz_steps,
             row_normalize=config.muon_row_normalize, world=world,
         )  # fmt: skip
         adam_groups = (
@@ -51,18 +94,22 @@ class Optimizers:
             ],
             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=world.device.type == "cuda",
         )  # fmt: skip
-        self.parameters = [parameter for group in groups.values() for parameter in group]
 
     def step(self, *, lr_scale: float, momentum: float) -> None:
-        """Clip the gradients' global norm, step every group, drop the gradients."""
-        if self.config.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip_norm)
-        self.muon.step(lr_scale * self.config.matrix_lr, momentum)
+        """Sum and clip the gradients, step every group, and begin the gradients anew."""
+        shares = self.gradients.summed(self.config.grad_clip_norm)
+        self.muon.step(shares, lr_scale * self.config.matrix_lr, momentum)
         for group in self.adam.param_groups:
             group["lr"] = lr_scale * group["base_lr"]
         self.adam.step()
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.gradients.all.zero_()
+
+
+def gradients_of(model: Model, world: World) -> Gradients:
+    """The gradients of a whole model, for `Optimizers`."""
+    groups = parameter_groups(model)
+    others = [parameter for name, members in groups.items() if name != "matrix" for parameter in members]
+    return Gradients(by_shape(groups["matrix"]), others, world)
 
 
 class WeightAverage:

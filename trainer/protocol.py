@@ -395,8 +395,14 @@ def values_of(event: Mapping[str, Any], *names: str) -> list[float] | None:
 
 
 def _from_record(cls: type[T], record: Mapping[str, Any], path: Path) -> T:
-    """Build a dataclass of the contract from a file's object, naming what is missing or unknown."""
-    names = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # every caller's is a dataclass
+    """Build a dataclass of the contract from a file's object."""
+    _require_fields(cls, record, path)
+    return cls(**record)
+
+
+def _require_fields(cls: type[Any], record: Mapping[str, Any], path: Path) -> None:
+    """Raise ProtocolError that names what a record lacks or has too much."""
+    names = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(record) - set(names))
     missing = sorted(
         name
@@ -405,7 +411,6 @@ def _from_record(cls: type[T], record: Mapping[str, Any], path: Path) -> T:
     )
     if unknown or missing:
         raise ProtocolError(f"{path}: {cls.__name__.lower()} has unknown keys {unknown} and lacks {missing}")
-    return cls(**record)
 
 
 def require_types(record: Any, path: Path) -> None:
@@ -451,24 +456,33 @@ def read_result(path: Path) -> Result:
 def read_manifest(path: Path) -> Manifest:
     """Read a data set's manifest; raises ProtocolError for another format or a damaged file, FileNotFoundError."""
     record = read_json(path)
+    _require_manifest(record, path)
+    splits = {
+        name: Split(**{**split, "shards": tuple(Shard(**shard) for shard in split["shards"])})
+        for name, split in record["splits"].items()
+    }
+    return Manifest(**{**record, "splits": splits})
+
+
+def _require_manifest(record: Mapping[str, Any], path: Path) -> None:
+    """Raise ProtocolError where a record is not a manifest of this format, whole."""
     if record.get("format") != DATA_FORMAT:
         raise ProtocolError(
             f"{path}: data format {record.get('format')!r}, this code reads {DATA_FORMAT}",
             hint="prepare the data set again with this version of caddie",
         )
-    manifest = _from_record(Manifest, record, path)
-    try:
-        splits = {
-            name: _from_record(
-                Split, {**split, "shards": tuple(_from_record(Shard, shard, path) for shard in split["shards"])}, path
-            )
-            for name, split in record["splits"].items()
-        }
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ProtocolError(f"{path}: splits must be tables with lists of shards") from error
+    _require_fields(Manifest, record, path)
+    splits = record["splits"]
+    tables: list[Any] = list(splits.values()) if isinstance(splits, dict) else [None]
+    lists = [split.get("shards") if isinstance(split, dict) else None for split in tables]
+    if not all(isinstance(shards, list) and all(isinstance(shard, dict) for shard in shards) for shards in lists):
+        raise ProtocolError(f"{path}: splits must be tables with lists of shards")
+    for split in tables:
+        for shard in split["shards"]:
+            _require_fields(Shard, shard, path)
+        _require_fields(Split, split, path)
     if set(splits) != set(SPLITS):
         raise ProtocolError(f"{path}: splits must be {' and '.join(SPLITS)}, got {sorted(splits)}")
-    return dataclasses.replace(manifest, splits=splits)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

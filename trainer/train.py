@@ -7,26 +7,26 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from trainer.config import Config
 from trainer.data import Dataset, TrainLoader
 from trainer.distributed import World
 from trainer.errors import CaddieError, ConfigError
-from trainer.gptq import second_moments
+from trainer.gptq import SecondMoments
+from trainer.graphs import Recorded, compilations
 from trainer.model import Model
-from trainer.optim import Optimizers, WeightAverage
-from trainer.protocol import PHASE, EventLog
+from trainer.optim import Optimizers, WeightAverage, gradients_of
+from trainer.protocol import PHASE, WARNING, EventLog
 from trainer.schedule import elapsed_fraction, is_recurrent, lr_multiplier, muon_momentum
 
 # Dimensions: B sequences, T tokens of a sequence.
 
 FIRST_STEPS = 10  # always logged: a broken run shows here, before it has cost anything
 STEP_TAIL = 32  # steps whose slowest one must still fit into the budget
+CALIBRATION_MARGIN = 1.2  # over the measured time of one micro-batch: data has to be read, and sums to be exchanged
 CALIBRATION_SEED = 1  # added to the order's seed: calibration reads training data in an order of its own
 
 
@@ -73,36 +73,48 @@ class TrainClock:
         return time.perf_counter() - self.started
 
     def next_step_end(self) -> float:
-        """When a step as slow as the slowest recent one would end."""
-        return self.seconds() + max(self.step_seconds, default=0.0)
+        """When one more step would end if it, and the step that is still under way, took as long as the slowest recent one."""
+        return self.seconds() + (1 + (self.pending is not None)) * max(self.step_seconds, default=0.0)
 
 
-class Network(nn.Module):
-    """The model as training calls it: compiled, and with gradients averaged over the processes."""
+class Network:
+    """The model as training calls it: in micro-batches, each a replay of one recording, into gradients that stay in place."""
 
     def __init__(self, model: Model, config: Config, world: World) -> None:
-        super().__init__()
-        self.config, self.world = config, world
-        forward = cast(nn.Module, torch.compile(model, dynamic=False)) if config.runtime.compile else model
-        devices = [world.device.index] if world.device.type == "cuda" else None
-        self.forward_pass = DistributedDataParallel(forward, device_ids=devices) if world.size > 1 else forward
+        self.model, self.config, self.world = model, config, world
+        self.gradients = gradients_of(model, world)
+        self.accumulate = Recorded(self._accumulate, is_pure=False)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, recurrent: bool) -> Tensor:
-        with self.world.autocast(self.config.runtime):
-            loss: Tensor = self.forward_pass(tokens_BT, targets_BT, recurrent)
-        return loss
+    def _accumulate(self, tokens_BT: Tensor, weight: Tensor, *, recurrent: bool) -> Tensor:
+        """Add the gradient of `weight` times the mean loss of these sequences to the gradients; the mean loss."""
+        loss: Tensor = self.model(tokens_BT[:, :-1], tokens_BT[:, 1:], recurrent)
+        loss.backward(weight)
+        return loss.detach()
+
+    def parts(self, batch_BT: Tensor) -> list[tuple[Tensor, float]]:
+        """Micro-batches, and the share of the batch that each is."""
+        parts = batch_BT.tensor_split(math.ceil(len(batch_BT) / self.config.data.micro_batch_sequences))
+        return [(part, len(part) / len(batch_BT)) for part in parts]
+
+    def prepare(self) -> None:
+        """Compile and record what the steps need, in both depths; leaves the gradients at zero."""
+        sizes = {len(part): part for part, _ in self.parts(random_batch(self.config, self.world))}
+        for recurrent in depths(self.config):
+            for part in sizes.values():
+                self.accumulate.record(part, torch.ones((), device=part.device), recurrent=recurrent)
+        self.gradients.all.zero_()
 
     def backward(self, batch_BT: Tensor, recurrent: bool) -> Tensor:
-        """Accumulate the gradients of this process's sequences in micro-batches; returns their mean loss."""
-        parts = batch_BT.tensor_split(math.ceil(len(batch_BT) / self.config.data.micro_batch_sequences))
+        """Accumulate this process's share of the gradient of the step's mean loss; returns its sequences' mean loss."""
         total = torch.zeros((), device=self.world.device)
-        for number, part in enumerate(parts, start=1):
-            if isinstance(self.forward_pass, DistributedDataParallel):
-                self.forward_pass.require_backward_grad_sync = number == len(parts)
-            loss = self(part[:, :-1], part[:, 1:], recurrent) * (len(part) / len(batch_BT))
-            loss.backward()
-            total += loss.detach()
+        for part, share in self.parts(batch_BT):
+            weight = torch.full((), share / self.world.size, device=self.world.device)
+            total += share * self.accumulate(part, weight, recurrent=recurrent)
         return total
+
+    def surprises(self) -> int:
+        """What was compiled, or had to run without a recording, so far: none of it belongs into a timed step."""
+        return compilations() + self.accumulate.misses
 
 
 def sequences_per_process(config: Config, world: World) -> int:
@@ -116,20 +128,59 @@ def sequences_per_process(config: Config, world: World) -> int:
     return sequences // world.size
 
 
-def warm_up(model: Model, network: Network, config: Config, world: World) -> None:
-    """Run steps on random tokens through both graphs and undo them: weights as before, optimiser state dropped."""
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizers = Optimizers(model, config.optim, world)
-    generator = torch.Generator().manual_seed(0)
+def depths(config: Config) -> tuple[bool, ...]:
+    """Values of `recurrent` that a run goes through."""
+    return (False, True) if config.model.has_recurrence else (False,)
+
+
+def random_batch(config: Config, world: World) -> Tensor:
+    """Random tokens in the shape of this process's share of a step."""
     shape = (sequences_per_process(config, world), config.data.sequence_length + 1)
-    for recurrent in (False, True) if config.model.has_recurrence else (False,):
+    return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(world.device)
+
+
+def warm_up(model: Model, network: Network, config: Config, world: World) -> float:
+    """Take steps on random tokens in both depths, and one calibration, and undo them: weights as before, no optimiser state.
+
+    Returns the seconds that the run's calibration will take.
+    """
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    micro_batch, _ = network.parts(random_batch(config, world))[0]
+    optimizers = Optimizers(model, config.optim, world, network.gradients)
+    for recurrent in depths(config):
         for _ in range(config.schedule.warmup_steps):
-            batch = torch.randint(config.model.vocab_size, shape, generator=generator).to(world.device)
-            network.backward(batch, recurrent)
+            network.backward(micro_batch, recurrent)
             optimizers.step(lr_scale=1.0, momentum=config.optim.muon_momentum_start)
     with torch.no_grad():
         for parameter, saved in zip(model.parameters(), before, strict=True):
             parameter.copy_(saved)
+    return _calibration_seconds(model, micro_batch, config, world) if config.quant.method == "gptq" else 0.0
+
+
+def reserve_seconds(config: Config, calibration_seconds: float) -> float:
+    """Seconds of a timed budget that training leaves to calibration; raises ConfigError where nothing would be left."""
+    limits = config.limits
+    reserve = max(limits.reserve_seconds, calibration_seconds)
+    if config.schedule.clock == "time" and reserve >= limits.train_seconds:
+        raise ConfigError(
+            f"calibration would take {calibration_seconds:.1f} s, limits.train_seconds is {limits.train_seconds:g}",
+            hint="lower quant.calibration_steps, or raise limits.train_seconds",
+        )
+    return reserve
+
+
+def _calibration_seconds(model: Model, batch_BT: Tensor, config: Config, world: World) -> float:
+    """Seconds that calibration will take, from a second micro-batch, the slowest process's."""
+    parts = math.ceil(sequences_per_process(config, world) / len(batch_BT)) * config.quant.calibration_steps
+    seconds = 0.0
+    for _ in range(2):
+        world.synchronize()
+        started = time.perf_counter()
+        with torch.no_grad():
+            model.hidden(batch_BT[:, :-1], config.model.has_recurrence, observe=SecondMoments())
+        world.synchronize()
+        seconds = time.perf_counter() - started
+    return world.largest(seconds) * parts * CALIBRATION_MARGIN
 
 
 def order_seed(config: Config, seed: int) -> int:
@@ -139,16 +190,20 @@ def order_seed(config: Config, seed: int) -> int:
 
 def train(
     model: Model, network: Network, dataset: Dataset, *, config: Config, seed: int, world: World, log: EventLog,
-    stop_asked: Callable[[], bool],
+    reserve: float, stop_asked: Callable[[], bool],
 ) -> Outcome:  # fmt: skip
-    """Train until the budget, the last step or a stop; leaves the averaged weights in the model. Raises NotFiniteError."""
+    """Train until the budget less the reserve (in seconds), the last step or a stop; leaves the averaged weights in the model.
+
+    Raises NotFiniteError.
+    """
     schedule = config.schedule
     loader = TrainLoader(dataset, sequence_length=config.data.sequence_length, seed=order_seed(config, seed))
     sequences = sequences_per_process(config, world) * world.size
-    optimizers = Optimizers(model, config.optim, world)
+    optimizers = Optimizers(model, config.optim, world, network.gradients)
     average = WeightAverage(model, config.optim.ema_decay)
-    budget_seconds = config.limits.train_seconds - config.limits.reserve_seconds
+    budget_seconds = config.limits.train_seconds - reserve
     step, recurrent, was_stopped, loss = 0, False, False, torch.tensor(math.nan)
+    surprises = network.surprises()
     clock = TrainClock(world)
 
     while step < schedule.steps:
@@ -171,12 +226,15 @@ def train(
                 layers=model.layer_order(True),
             )
 
-        batch = loader.next(sequences, world.rank, world.size)
-        loss = network.backward(batch.to(world.device, non_blocking=True), recurrent)
+        batch = world.moved(loader.next(sequences, world.rank, world.size))
+        loss = network.backward(batch, recurrent)
         optimizers.step(lr_scale=lr_scale, momentum=momentum)
         average.update()
         step += 1
         clock.tick()
+        if network.surprises() > surprises:
+            surprises = network.surprises()
+            log.emit(WARNING, name="recompiled", step=step, seconds=clock.step_seconds[-1])
 
         if step <= FIRST_STEPS or step % schedule.log_every == 0 or step == schedule.steps:
             train_loss = float(world.sum(loss.clone())) / world.size
@@ -211,15 +269,14 @@ def calibrate(
     loader = TrainLoader(
         dataset, sequence_length=config.data.sequence_length, seed=order_seed(config, seed) + CALIBRATION_SEED
     )
-    source = {name: shared for name, _, shared in model.matrices()}
-    modules: dict[str, Any] = {name: module for name, module, shared in model.matrices() if name == shared}
+    moments = SecondMoments()
     sequences = sequences_per_process(config, world) * world.size
-    with second_moments(modules) as moments, torch.no_grad(), world.autocast(config.runtime):
+    with torch.no_grad():
         for _ in range(config.quant.calibration_steps):
-            batch = loader.next(sequences, world.rank, world.size).to(world.device)
+            batch = world.moved(loader.next(sequences, world.rank, world.size))
             for part in batch.split(config.data.micro_batch_sequences):
-                model.hidden(part[:, :-1], recurrent)
+                model.hidden(part[:, :-1], recurrent, observe=moments)
     positions = config.quant.calibration_steps * config.data.tokens_per_step
-    for moment in moments.values():
+    for moment in moments.sums.values():
         world.sum(moment).div_(positions)
-    return {name: moments[shared] for name, shared in source.items()}
+    return {name: moments.sums[shared] for name, _, shared in model.matrices()}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from trainer.config import RuntimeConfig, TTTConfig
+from trainer.config import TTTConfig
 from trainer.distributed import World
 from trainer.errors import CaddieError
 from trainer.evaluate import Stream
+from trainer.graphs import Recorded
 from trainer.model import Model
+from trainer.optim import Gradients
 
 PARITY_TOLERANCE = 1e-4  # nats per token: above rounding between two forward paths, far below a broken one (#1334: 0.6)
 
@@ -49,14 +51,15 @@ class SGDAdapter:
         length: int,
         recurrent: bool,
         world: World,
-        runtime: RuntimeConfig,
     ) -> None:
         self.model, self.stream, self.config, self.length = model, stream, config, length
-        self.recurrent, self.world, self.runtime = recurrent, world, runtime
+        self.recurrent, self.world = recurrent, world
         for block in model.blocks[: config.frozen_blocks]:
             block.requires_grad_(False)
         self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.gradients = Gradients([], self.weights, world)
         self.sgd = torch.optim.SGD(self.weights, lr=config.lr, momentum=config.momentum)
+        self.accumulate = Recorded(self._accumulate, is_pure=False)
 
     def learn(self, first: int, last: int, *, chunk: int, chunks: int) -> None:
         """A few epochs over the chunk, cut into non-overlapping sequences."""
@@ -66,20 +69,22 @@ class SGDAdapter:
             for batch in starts.split(self.config.batch_sequences):
                 self._step(batch)
 
-    def _step(self, starts: torch.Tensor) -> None:
+    def _step(self, starts: Tensor) -> None:
         """One update from the mean loss of these sequences, each process taking its share of them."""
-        self.sgd.zero_grad()
         mine = starts[self.world.rank :: self.world.size]
-        if mine.numel():
-            rows = mine[:, None] + torch.arange(self.length, device=starts.device)
-            tokens, targets = self.stream.tokens_N[rows].long(), self.stream.tokens_N[rows + 1].long()
-            with torch.enable_grad(), self.world.autocast(self.runtime):
-                loss = self.model(tokens, targets, self.recurrent)
-            (loss * (mine.numel() / starts.numel())).backward()
-        for weight in self.weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        self.world.sum_all(weight.grad for weight in self.weights if weight.grad is not None)
-        if self.config.grad_clip_norm:
-            nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip_norm)
+        with torch.enable_grad():
+            if mine.numel():
+                rows = mine[:, None] + torch.arange(self.length + 1, device=starts.device)
+                tokens, share = self.stream.tokens_N[rows].long(), mine.numel() / starts.numel()
+                if tokens.is_cuda and not self.accumulate.replays:
+                    self.accumulate.record(tokens, torch.zeros((), device=starts.device))
+                self.accumulate(tokens, torch.full((), share, device=starts.device))
+        self.gradients.summed(self.config.grad_clip_norm)
         self.sgd.step()
+        self.gradients.all.zero_()
+
+    def _accumulate(self, tokens_BT: Tensor, weight: Tensor) -> Tensor:
+        """Add the gradient of `weight` times the sequences' mean loss to the gradients."""
+        loss: Tensor = self.model(tokens_BT[:, :-1], tokens_BT[:, 1:], self.recurrent)
+        loss.backward(weight)
+        return loss.detach()

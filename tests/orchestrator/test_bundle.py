@@ -1,14 +1,21 @@
+import ast
+import json
+import os
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import trainer
 from orchestrator import bundle
-from orchestrator.errors import CaddieError, ConfigError
-from trainer.config import from_mapping
+from orchestrator.errors import CaddieError, ConfigError, ProtocolError
+from orchestrator.study import load_preset
+from trainer import protocol
+from trainer.config import Config, ModelConfig, from_mapping, to_mapping
 
 ROOT = Path(trainer.__file__).parent
 
@@ -25,6 +32,14 @@ def packed(tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle") / "train_gpt.py"
     path.write_bytes(bundle.build())
     return path
+
+
+def packed_name(module, name):
+    """What a function is called in the bundle: it stands on the line of the readable one."""
+    readable = (ROOT / f"{module}.py").read_text()
+    trees = ast.parse(readable), ast.parse(bundle.module_sources(ROOT)[f"trainer.{module}"])
+    (line,) = (node.lineno for node in trees[0].body if getattr(node, "name", "") == name)
+    return next(node.name for node in trees[1].body if node.lineno == line)
 
 
 def probe(path, body, cwd):
@@ -53,31 +68,138 @@ def test_every_module_of_a_run_is_packed_and_no_other():
 
 
 def test_modules_come_from_the_bundle_where_no_source_is_installed(packed, tmp_path):
-    done = probe(
-        packed,
-        "import trainer.schedule as s; print(s.__file__, s.lr_multiplier(1.0, warmdown_frac=.5, floor=.25))",
-        tmp_path,
+    function = packed_name("schedule", "muon_momentum")
+    body = (
+        "import trainer.schedule as s, trainer.config as c\n"
+        "class optim: muon_momentum, muon_momentum_start, muon_momentum_ramp_steps = 0.9, 0.5, 4\n"
+        f"print(s.__file__, s.__package__, s.__spec__.parent, s.{function}(2, optim))"
     )
-    assert done.stdout.strip().endswith("train_gpt.py/trainer/schedule.py 0.25"), done.stderr
+    done = probe(packed, body, tmp_path)
+    assert done.stdout.strip().endswith("train_gpt.py/trainer/schedule.py trainer trainer 0.7"), done.stderr
+
+
+def test_a_module_that_is_not_in_the_bundle_is_not_found(packed, tmp_path):
+    done = probe(packed, "import trainer.prepare", tmp_path)
+    assert "ModuleNotFoundError: No module named 'trainer.prepare'" in done.stderr
 
 
 def test_sources_can_be_inspected(packed, tmp_path):
-    done = probe(packed, "import trainer.schedule as s; print(inspect.getsource(s.lr_multiplier))", tmp_path)
-    assert done.stdout.startswith("def lr_multiplier("), done.stderr
+    function = packed_name("schedule", "lr_multiplier")
+    done = probe(packed, f"import trainer.schedule as s; print(inspect.getsource(s.{function}))", tmp_path)
+    assert done.stdout.startswith(f"def {function}("), done.stderr
 
 
 def test_a_traceback_names_the_line_of_the_readable_source(packed, tmp_path):
+    spec = tmp_path / "spec.json"
+    spec.write_text('{"protocol": 99}')
+    function = packed_name("protocol", "read_spec")
     body = (
-        "from trainer.config import from_mapping\ntry: from_mapping({'nowhere': {}})\n"
+        f"import pathlib\nfrom trainer.protocol import {function} as read_spec\n"
+        f"try: read_spec(pathlib.Path({str(spec)!r}))\n"
         "except Exception:\n import traceback; traceback.print_exc()"
     )
     done = probe(packed, body, tmp_path)
     try:
-        from_mapping({"nowhere": {}})
-    except ConfigError as error:
+        protocol.read_spec(spec)
+    except ProtocolError as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-    assert f'train_gpt.py/trainer/config.py", line {frame.lineno}, in from_mapping' in done.stderr
-    assert "raise ConfigError(" in done.stderr
+    assert f'train_gpt.py/trainer/protocol.py", line {frame.lineno}, in {function}' in done.stderr
+    assert "raise ProtocolError(" in done.stderr
+
+
+@given(st.binary(max_size=200).map(lambda content: b"\3" + content))
+def test_bytes_come_back_from_their_text(content):
+    text = bundle.as_text(content)
+    assert text.isascii() and text.isprintable()
+    if bundle.is_quotable(text):
+        number = 0
+        for character in eval(f"br'''{text}'''"):  # as the launcher has it
+            number = number * 95 + character - 32
+        assert number.to_bytes(len(content)) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "is_quotable"),
+    [("a''b", True), ("''a", True), ("a\\'b", True), ("a'''b", False), ("a'", False), ("a\\", False)],
+)
+def test_a_table_is_quotable_where_its_quotes_hold_it(text, is_quotable):
+    assert bundle.is_quotable(text) == is_quotable
+    if is_quotable:
+        assert eval(f"br'''{text}'''").decode() == text
+
+
+def test_a_table_that_cannot_be_quoted_is_packed_otherwise_and_refused_in_the_end(monkeypatch):
+    sound = bundle.launcher("text")
+    texts = iter(["a'''b", "'", bundle.as_text(b"other")])
+    monkeypatch.setattr(bundle, "as_text", lambda packed: next(texts))
+    assert bundle.as_text.__name__ == "<lambda>" and bundle.launcher("text") != sound
+    monkeypatch.setattr(bundle, "as_text", lambda packed: "'")
+    with pytest.raises(CaddieError, match="no packing of the trainer can be quoted"):
+        bundle.launcher("text")
+
+
+def test_the_launcher_is_text_that_people_can_read():
+    text = bundle.build().decode("ascii")
+    assert text.replace("\n", "").isprintable()
+    assert text.startswith("import ") and text.endswith("sys.exit(main())\n")
+
+
+@pytest.mark.parametrize("preset", ["pr1326", "smoke"])
+def test_a_run_finds_in_its_spec_the_configuration_that_was_planned(packed, tmp_path, preset):
+    config = load_preset(preset)
+    derived = sorted(name for name, value in vars(ModelConfig).items() if isinstance(value, property))
+    body = (
+        f"import json\nfrom trainer.config import {packed_name('config', 'from_mapping')} as from_mapping\n"
+        f"config = from_mapping(json.loads({json.dumps(to_mapping(config))!r}))\n"
+        "print(json.dumps({name: vars(section) for name, section in vars(config).items()}))\n"
+        f"print(json.dumps([getattr(config.model, name) for name in {derived}]))"
+    )
+    done = probe(packed, body, tmp_path)
+    values, properties = (json.loads(line) for line in done.stdout.splitlines())
+    assert json.dumps(values, sort_keys=True) == json.dumps(to_mapping(config), sort_keys=True)
+    assert properties == [getattr(config.model, name) for name in derived]
+
+
+BROKEN = [
+    ({"model": {"layers": 0}}, "model.layers must be at least 1, got 0"),
+    ({"optim": {"adam_beta1": "high"}}, "optim.adam_beta1 must be of type float, got 'high'"),
+    ({"ttt": {"method": "adam"}}, "ttt.method must be one of sgd, off, got 'adam'"),
+    ({"model": {"heads": 7}}, "model: width 512 must be a multiple of heads 7"),
+    ({"model": {"layrs": 3}}, "[model] has no key 'layrs'"),
+    ({"modell": {}}, "there is no section [modell]"),
+    ({"data": {"tokens_per_step": 2049}}, "data.tokens_per_step 2049 must be a multiple of data.sequence_length 2048"),
+    ({"ttt": {"chunk_tokens": 100}}, "ttt.chunk_tokens 100 must be a multiple of evaluation.sequence_length 2048"),
+]
+"""Configurations that a bundle takes on trust, and what is wrong with them."""
+
+
+@pytest.mark.parametrize(("values", "message"), BROKEN)
+def test_what_the_bundle_takes_on_trust_is_refused_when_a_run_is_planned(tmp_path, values, message):
+    with pytest.raises(ConfigError) as of_source:
+        from_mapping(values)
+    preset = tmp_path / "preset.toml"
+    tables = [f"[{section}]\n" + "".join(f"{k} = {v!r}\n" for k, v in keys.items()) for section, keys in values.items()]
+    preset.write_text("".join(tables))
+    with pytest.raises(ConfigError) as of_plan:
+        load_preset(str(preset))
+    assert str(of_source.value).startswith(message)
+    assert f"{preset}: {message}" in str(of_plan.value)
+
+
+def test_what_the_bundle_takes_on_trust_is_refused_when_the_source_is_run(tmp_path):
+    config = to_mapping(Config())
+    config["model"]["layers"] = 0
+    code = "import sys; from trainer.main import main; sys.exit(main())"
+    spec = protocol.Spec(
+        run_id=tmp_path.name, seed=1, replicate=0, preset="", config=config, data_dir="", manifest_sha256="", bundle_sha256="",
+        code={},
+    )  # fmt: skip
+    protocol.write_spec(protocol.RunDir(tmp_path).spec, spec)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT.parent)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (3, "error: model.layers must be at least 1, got 0\n")
 
 
 def test_the_code_state_names_the_commit_of_a_checkout():

@@ -5,6 +5,7 @@ import pytest
 
 from tests.trainer.make_data import make_data
 from tests.trainer.make_run import execute, micro_config, plan
+from tests.trainer.processes import Pair
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,11 @@ def finished(tmp_path_factory, prepared):
     """A complete run of the bundle and its one attempt."""
     run = plan(tmp_path_factory.mktemp("home"), prepared, micro_config())
     return run, execute(run)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Two processes in one group, for functions of a test module to run on."""
+    processes = Pair(tmp_path_factory.mktemp("pair") / "meeting")
+    yield processes
+    processes.close()

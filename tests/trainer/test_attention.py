@@ -1,12 +1,17 @@
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.trainer.tiny import CONFIG
-from trainer.attention import Attention, rotary_tables, rotate, without_own_value
+from trainer.attention import Attention, causal_attention, rotary_tables
 from trainer.config import Config, with_knobs
+from trainer.kernels import rotate
 
 MODEL = Config().model
+
+
+def joined(attention):
+    """Its first three matrices, as the block hands them to it."""
+    return torch.cat((attention.query.weight, attention.key.weight, attention.value.weight))
 
 
 def test_rotary_tables_are_exact_to_float32_at_every_position():
@@ -57,15 +62,6 @@ def test_rotated_products_depend_on_distance_alone():
     torch.testing.assert_close(product(7, 3), product(60, 56), atol=1e-4, rtol=1e-4)  # float32 angles near 60
 
 
-def test_xsa_leaves_nothing_along_the_own_value_of_each_shared_head():
-    y, v = torch.randn(2, 5, 8, 16), torch.randn(2, 5, 4, 16)
-    rest = without_own_value(y, v)
-    own = v.repeat_interleave(2, dim=2)
-    assert (rest * own).sum(-1).abs().max() < 1e-5  # float32 sums of 16 terms of size 1
-    along = F.normalize(own, dim=-1)
-    torch.testing.assert_close(rest + (y * along).sum(-1, keepdim=True) * along, y)
-
-
 @pytest.mark.parametrize(("knob", "value"), [("qk_norm", False), ("qk_gain", 0.0), ("rope_dims", 0), ("xsa_layers", 0)])
 def test_each_part_of_attention_can_be_off_and_changes_the_output(knob, value):
     def output(config):
@@ -73,7 +69,7 @@ def test_each_part_of_attention_can_be_off_and_changes_the_output(knob, value):
         attention = Attention(config, layer=0)
         x = torch.randn(1, 8, config.width, generator=torch.Generator().manual_seed(1))
         rotary = rotary_tables(8, config, train_length=8, device=torch.device("cpu"))
-        return attention(x, rotary, None)
+        return attention(x, joined(attention), rotary, None, scored=8)
 
     assert not torch.allclose(output(CONFIG.model), output(with_knobs(CONFIG, {f"model.{knob}": value}).model))
 
@@ -92,6 +88,27 @@ def test_grouped_queries_share_the_right_key_and_value_heads():
         shared = head // (config.heads // config.kv_heads)
         weights = (q[:, head] @ k[:, shared].T * config.head_dim**-0.5 + mask).softmax(-1)
         heads.append(weights @ v[:, shared])
-    expected = attention.out(torch.stack(heads, dim=1).view(1, 6, -1))
-    rotary = rotary_tables(6, config, train_length=6, device=torch.device("cpu"))
-    torch.testing.assert_close(attention(x, rotary, None), expected)
+    expected = torch.stack(heads, dim=1).view(1, 6, -1)
+    torch.testing.assert_close(attention(x, joined(attention), None, None, scored=6), expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_gain": 0.0}, {"rope_dims": 0}, {"xsa_layers": 0}])
+def test_asking_the_last_positions_alone_gives_what_they_read_of_all(changes):
+    torch.manual_seed(0)
+    config = with_knobs(CONFIG, {f"model.{name}": value for name, value in changes.items()}).model
+    attention = Attention(config, layer=0)
+    x, added = torch.randn(2, 8, config.width), torch.randn(2, 8, config.kv_heads * config.head_dim)
+    rotary = rotary_tables(8, config, train_length=8, device=x.device) if config.rope_dims else None
+    everything = attention(x, joined(attention), rotary, added, scored=8)
+    for scored in (1, 3, 7):
+        last = attention(x, joined(attention), rotary, added, scored=scored)
+        torch.testing.assert_close(last, everything[:, -scored:])  # products of fewer rows
+
+
+def test_the_last_queries_see_everything_up_to_themselves():
+    q, k, v = torch.randn(1, 3, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    before = causal_attention(q, k, v)
+    k[:, 5], v[:, 5] = 7.0, 7.0  # the last position
+    after = causal_attention(q, k, v)
+    torch.testing.assert_close(after[:, :2], before[:, :2], atol=0, rtol=0)
+    assert not torch.allclose(after[:, 2], before[:, 2])

@@ -3,24 +3,35 @@ import math
 import pytest
 import torch
 
-from tests.trainer.tiny import ALONE, RUNTIME
+from tests.trainer.tiny import ALONE
 from trainer.config import EvaluationConfig
-from trainer.evaluate import JudgeError, Stream, Tally, evaluate, plan_windows, score_of
+from trainer.distributed import World
+from trainer.evaluate import RUNNING_SCORES, JudgeError, Stream, Tally, evaluate, plan_windows, score_of
 
 CONFIG = EvaluationConfig(sequence_length=8, stride=4, batch_windows=3)
 
 
 class Oracle:
-    """Gives each target its own value in nats, so that a misplaced one shows; remembers the contexts it was given."""
+    """Gives each target its own value in nats, so that a misplaced one shows; remembers what it was asked."""
 
     def __init__(self):
-        self.contexts = {}
+        self.contexts, self.asked = {}, []
 
-    def nats(self, tokens, targets, *, recurrent, scored):
+    def __call__(self, tokens, targets, *, recurrent, scored):
+        self.asked.append((tuple(tokens.shape), scored))
         for row, target in zip(tokens.tolist(), targets.tolist(), strict=True):
             for back in range(scored, 0, -1):
                 self.contexts[target[-back]] = row[: len(row) - back + 1]
         return targets[:, -scored:].float() / 10
+
+
+class Apart(World):
+    """One of several processes that do not hear each other; keeps what it was to add up."""
+
+    def sum(self, tensor):
+        if tensor.dtype == torch.int32:
+            self.times_scored.append(tensor)
+        return tensor
 
 
 def stream_of(tokens):
@@ -49,7 +60,7 @@ def test_a_score_is_the_sum_over_every_target_once(tokens, chunk_tokens):
     stream, model = stream_of(tokens), Oracle()
     windows = plan_windows(stream.positions, length=8, stride=4)
     score = evaluate(
-        model, stream, windows, config=CONFIG, runtime=RUNTIME, recurrent=False, world=ALONE, chunk_tokens=chunk_tokens
+        model, stream, windows, config=CONFIG, recurrent=False, world=ALONE, chunk_tokens=chunk_tokens
     ).score
     assert score.tokens == tokens - 1
     assert score.bytes == sum(i % 3 for i in range(1, tokens))
@@ -60,7 +71,7 @@ def test_a_score_is_the_sum_over_every_target_once(tokens, chunk_tokens):
 def test_every_target_is_predicted_from_what_stands_right_before_it():
     stream, model = stream_of(40), Oracle()
     windows = plan_windows(stream.positions, length=8, stride=4)
-    evaluate(model, stream, windows, config=CONFIG, runtime=RUNTIME, recurrent=False, world=ALONE, chunk_tokens=16)
+    evaluate(model, stream, windows, config=CONFIG, recurrent=False, world=ALONE, chunk_tokens=16)
     for target, context in model.contexts.items():
         assert context == list(range(target - len(context), target))
         assert len(context) >= min(target, 5)  # length 8, stride 4: five to eight tokens once the text is long enough
@@ -84,7 +95,6 @@ def test_a_chunk_is_learned_from_only_after_it_was_scored_and_the_last_one_never
         stream,
         windows,
         config=CONFIG,
-        runtime=RUNTIME,
         recurrent=False,
         world=ALONE,
         chunk_tokens=16,
@@ -99,12 +109,50 @@ def test_the_first_chunk_is_reported_by_itself_and_the_running_score_as_it_goes(
     stream, heard = stream_of(50), []
     windows = plan_windows(stream.positions, length=8, stride=4)
     evaluation = evaluate(
-        Oracle(), stream, windows, config=CONFIG, runtime=RUNTIME, recurrent=False, world=ALONE, chunk_tokens=16,
+        Oracle(), stream, windows, config=CONFIG, recurrent=False, world=ALONE, chunk_tokens=16,
         on_chunk=lambda *told: heard.append(told),
     )  # fmt: skip
     assert evaluation.first_chunk_loss == pytest.approx(sum(range(1, 17)) / 10 / 16)
     assert [chunk for chunk, _, _ in heard] == [0, 1, 2, 3]
     assert heard[-1][2] == pytest.approx(evaluation.score.bpb)
+
+
+@pytest.mark.parametrize("tokens", [9, 30, 50, 101])
+@pytest.mark.parametrize("chunk_tokens", [8, 16, 1000])
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_the_network_is_asked_for_one_shape_and_two_numbers_of_positions(tokens, chunk_tokens, stride):
+    stream, model = stream_of(tokens), Oracle()
+    windows = plan_windows(stream.positions, length=8, stride=stride)
+    score = evaluate(
+        model, stream, windows, config=CONFIG, recurrent=False, world=ALONE, chunk_tokens=chunk_tokens
+    ).score
+    assert len({shape for shape, _ in model.asked}) == 1  # what lacks windows is filled up
+    assert {scored for _, scored in model.asked} <= {stride, 8}
+    assert (score.tokens, score.nats) == (tokens - 1, pytest.approx(sum(range(1, tokens)) / 10))
+
+
+def test_processes_divide_the_windows_between_them():
+    windows, asked = plan_windows(100, length=8, stride=4), []
+    for rank in range(3):
+        world, model = Apart(rank=rank, size=3, device=ALONE.device), Oracle()
+        world.times_scored = []
+        with pytest.raises(JudgeError):  # nobody adds the others' up
+            evaluate(model, stream_of(101), windows, config=CONFIG, recurrent=False, world=world, chunk_tokens=16)
+        asked.append({int(position) for times in world.times_scored for position in times.nonzero()})
+    assert set().union(*asked) == set(range(100))
+    assert sum(map(len, asked)) == 100
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 49, 50, 51, 99, 149])
+def test_running_scores_are_few_and_the_last_one_is_told(chunks):
+    stream, heard = stream_of(chunks * 4 + 1), []
+    windows = plan_windows(stream.positions, length=4, stride=4)
+    evaluation = evaluate(
+        Oracle(), stream, windows, config=CONFIG, recurrent=False, world=ALONE, chunk_tokens=4,
+        on_chunk=lambda *told: heard.append(told),
+    )  # fmt: skip
+    assert min(chunks, RUNNING_SCORES // 2) <= len(heard) <= RUNNING_SCORES
+    assert heard[-1] == (chunks - 1, chunks, pytest.approx(evaluation.score.bpb))
 
 
 def test_a_position_scored_twice_is_refused():

@@ -2,18 +2,20 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from tests.trainer.tiny import random_model, random_tokens
 from trainer.config import QuantConfig
 from trainer.gptq import (
     Quantized,
+    SecondMoments,
     largest_integer,
     quantize_matrix,
     quantize_table,
     round_to_nearest,
     row_errors,
     scales_for,
-    second_moments,
-)  # fmt: skip
+)
 
 GPTQ, RTN = QuantConfig(block_columns=16), QuantConfig(method="rtn")
 
@@ -130,11 +132,31 @@ def test_a_table_rounds_to_half_a_step():
     ).all()  # float16 scales, 2^-11 of 127 steps
 
 
-def test_second_moments_are_sums_over_all_inputs_of_a_module():
-    linear = torch.nn.Linear(4, 3, bias=False)
-    first, second = torch.randn(2, 5, 4), torch.randn(3, 5, 4)
-    with second_moments({"linear": linear}) as moments:
-        linear(first), linear(second)
-    linear(first)
+def test_second_moments_are_sums_over_all_inputs_by_name():
+    moments, first, second = SecondMoments(), torch.randn(2, 5, 4), torch.randn(3, 5, 4)
+    moments("matrix", first), moments("other", first), moments("matrix", second)
     rows = torch.cat((first.reshape(-1, 4), second.reshape(-1, 4)))
-    torch.testing.assert_close(moments["linear"], rows.T @ rows)
+    torch.testing.assert_close(moments.sums["matrix"], rows.T @ rows)
+    torch.testing.assert_close(moments.sums["other"], first.reshape(-1, 4).T @ first.reshape(-1, 4))
+
+
+def test_second_moments_are_those_of_what_each_matrix_really_reads(monkeypatch):
+    """By the products themselves: what torch was given together with each block's matrix."""
+    model, tokens, read, product = random_model(), random_tokens(), {}, F.linear
+
+    def linear(inputs, weight):
+        read.setdefault(weight.detach().numpy().tobytes(), []).append(inputs.flatten(0, -2))
+        return product(inputs, weight)
+
+    monkeypatch.setattr(F, "linear", linear)
+    with torch.no_grad():
+        model.hidden(tokens, True)
+        monkeypatch.undo()
+        moments = SecondMoments()
+        model.hidden(tokens, True, observe=moments)
+        for layer, block in enumerate(model.blocks):
+            matrices = dict(zip(("query", "out", "up", "down"), block.matrices(torch.float32), strict=True))
+            for name, matrix in matrices.items():
+                rows = torch.cat(read[matrix.numpy().tobytes()])
+                part = "attention" if name in ("query", "out") else "mlp"
+                torch.testing.assert_close(moments.sums[f"blocks.{layer}.{part}.{name}"], rows.T @ rows)

@@ -155,6 +155,28 @@ def test_the_wall_clock_stops_training_in_time_with_calibration_inside(tmp_path,
     assert protocol.TTT not in result.scores
 
 
+def test_a_calibration_that_takes_longer_than_planned_shortens_training_and_is_told(tmp_path, prepared):
+    config = micro_config(
+        schedule__clock="time",
+        schedule__steps=10**6,
+        limits__train_seconds=4.0,
+        limits__reserve_seconds=0.01,
+        quant__calibration_steps=20,
+        ttt__method="off",
+    )
+    attempt = execute(plan(tmp_path, prepared, config))
+    (warning,) = [e for _, e in read_lines(attempt.events) if e["kind"] == protocol.WARNING]
+    assert (warning["name"], warning["planned"]) == ("reserve", 0.01)
+    assert warning["needed"] > 0.01
+    result, budget = result_of(attempt), 4.0 - warning["needed"]
+    assert result.status == protocol.COMPLETE
+    assert result.phases["train"] <= budget + 0.5  # as above: a last step slower than all of the tail
+    for _, event in read_lines(attempt.events):
+        if protocol.values_of(event, protocol.ELAPSED_FRAC) and event["train_seconds"] < budget:
+            expected = event["train_seconds"] / budget
+            assert event["values"][protocol.ELAPSED_FRAC] == pytest.approx(expected, abs=0.01)  # `needed` is rounded
+
+
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_both_quantisers_make_a_file_that_scores_close_to_the_average(tmp_path, prepared, method):
     result = result_of(execute(plan(tmp_path, prepared, micro_config(quant__method=method, ttt__method="off"))))

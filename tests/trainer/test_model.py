@@ -1,13 +1,16 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.plain import PlainNetwork
 from tests.trainer.tiny import CONFIG, LENGTH, random_model, random_tokens
 from trainer.attention import rotary_tables
 from trainer.config import Config
-from trainer.model import Model, normalize
+from trainer.kernels import normalize
+from trainer.model import Model
 from trainer.optim import parameter_groups
 
 TECHNIQUES_OFF = {
@@ -98,10 +101,28 @@ def test_recurrence_equals_the_same_network_written_out():
     assert model.layer_order(True) == order
     rotary = rotary_tables(LENGTH, CONFIG.model, train_length=LENGTH, device=tokens.device)
     x = x0 = normalize(model.embedding(tokens))
-    values = model.value_embedding(tokens)
+    tables = model.value_embedding
+    values = {
+        layer: tables.projection(tables.table(tokens)) * tables.scale * tables.layer_scales[i]
+        for i, layer in enumerate(CONFIG.model.value_embedding_layers)
+    }
+
+    def attend(layer, x):
+        block = model.blocks[layer]
+        attention = block.attention
+        x = block.mix[0] * x + block.mix[1] * x0
+        matrices = torch.cat((attention.query.weight, attention.key.weight, attention.value.weight))
+        y = attention(normalize(x) * block.input_scale, matrices, rotary, values.get(layer), scored=LENGTH)
+        return x + block.attention_scale * attention.out(y)
+
+    def think(layer, x):
+        block = model.blocks[layer]
+        hidden = F.leaky_relu(block.mlp.up(normalize(x) * block.input_scale), CONFIG.model.leaky_slope).square()
+        return x + block.mlp_scale * block.mlp.down(hidden)
+
     states = []
     for layer in order[:4]:
-        x = model.blocks[layer].think(model.blocks[layer].attend(x, x0, rotary, None))
+        x = think(layer, attend(layer, x))
         states.append(x)
 
     def fused(x, index):
@@ -109,12 +130,10 @@ def test_recurrence_equals_the_same_network_written_out():
         return gate * x + (1 - gate) * model.skip_weights[index] * states[3 - index]
 
     for index, layer in enumerate((2, 3)):
-        block = model.blocks[layer]
-        x = block.think(block.attend(fused(x, index), x0, rotary, None))
+        x = think(layer, attend(layer, fused(x, index)))
     lane0 = lane1 = fused(x, 2)  # the split at layer 4
     for layer in (4, 5):
-        lane0 = model.blocks[layer].attend(lane0, x0, rotary, values[layer])
-        lane1 = model.blocks[layer].think(lane1)
+        lane0, lane1 = attend(layer, lane0), think(layer, lane1)
     merged = model.lane_merge * lane0 + (1 - model.lane_merge) * lane1
     torch.testing.assert_close(model.hidden(tokens, True), normalize(merged))  # products in another order
 
@@ -169,15 +188,42 @@ def test_scores_are_a_full_normalised_distribution_under_the_soft_cap():
     torch.testing.assert_close(logits.softmax(-1).sum(-1), torch.ones(2, LENGTH))
 
 
-def test_scoring_the_last_positions_alone_gives_the_same_nats():
-    model, tokens = random_model(), random_tokens(length=LENGTH + 1)
-    everything = model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=True, scored=LENGTH)
-    last = model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=True, scored=3)
-    torch.testing.assert_close(last, everything[:, -3:])
-    torch.testing.assert_close(everything.mean(), model(tokens[:, :-1], tokens[:, 1:], True))
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("lanes_from", [-1, 0, 4, 5])
+@pytest.mark.parametrize("changes", [{}, {"skips": "off", "residual_mix": False}, {"tie_embeddings": False}])
+def test_scoring_the_last_positions_alone_gives_the_same_nats(recurrent, lanes_from, changes):
+    model = random_model(parallel_start_layer=lanes_from, **changes)
+    tokens = random_tokens(length=LENGTH + 1)
+    everything = model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=recurrent, scored=LENGTH)
+    for scored in (1, 3, LENGTH - 1):
+        last = model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=recurrent, scored=scored)
+        torch.testing.assert_close(last, everything[:, -scored:])  # products of fewer rows
+    torch.testing.assert_close(everything.mean(), model(tokens[:, :-1], tokens[:, 1:], recurrent))
 
 
-def test_mlp_is_the_squared_leaky_rectifier():
-    mlp = random_model().blocks[0].mlp
-    x = torch.randn(2, 3, CONFIG.model.width)
-    torch.testing.assert_close(mlp(x), F.linear(torch.where((h := mlp.up(x)) > 0, h, 0.5 * h) ** 2, mlp.down.weight))
+@pytest.mark.parametrize("recurrent", [False, True])
+@pytest.mark.parametrize("lanes_from", [-1, 4])
+def test_loss_and_gradients_are_those_of_the_network_written_plainly(recurrent, lanes_from):
+    model, reference = (random_model(parallel_start_layer=lanes_from) for _ in range(2))
+    tokens = random_tokens(rows=3, length=LENGTH + 1)
+    tables = rotary_tables(LENGTH, model.config, train_length=LENGTH, device=tokens.device)
+    loss = model(tokens[:, :-1], tokens[:, 1:], recurrent)
+    plain = PlainNetwork(reference)(tokens[:, :-1], tokens[:, 1:], *tables, recurrent)
+    loss.backward()
+    plain.backward()
+    torch.testing.assert_close(loss, plain)
+    for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        # Sums over all positions in another order: 1e-5 of the gradient's own size.
+        assert (parameter.grad - other.grad).norm() <= 1e-5 * other.grad.norm() + 1e-8, name
+
+
+def test_calibration_hears_every_quantised_matrix_once_each_time_it_is_used():
+    model, heard = random_model(), Counter()
+    model.hidden(random_tokens(), True, observe=lambda name, _inputs: heard.update([name]))
+    times = Counter(model.layer_order(True))
+    assert heard == {shared: times[int(shared.split(".")[1])] for _, _, shared in model.matrices()}
+
+
+def test_listening_changes_nothing():
+    model, tokens = random_model(), random_tokens()
+    assert torch.equal(model.hidden(tokens, True, observe=lambda _name, _inputs: None), model.hidden(tokens, True))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.trainer.tiny import ALONE, LENGTH, RUNTIME, random_model, random_tokens
+from tests.trainer.tiny import ALONE, LENGTH, random_model, random_tokens
 from trainer.config import EvaluationConfig, TTTConfig
 from trainer.evaluate import Stream, evaluate, plan_windows
 from trainer.ttt import ParityError, SGDAdapter, chunk_lr, require_parity
@@ -22,13 +22,13 @@ def stream():
 def score(model, stream, adapter=None):
     windows = plan_windows(stream.positions, length=LENGTH, stride=EVALUATION.stride)
     return evaluate(
-        model, stream, windows, config=EVALUATION, runtime=RUNTIME, recurrent=True, world=ALONE,
+        model.nats, stream, windows, config=EVALUATION, recurrent=True, world=ALONE,
         chunk_tokens=TTT.chunk_tokens, adapter=adapter,
     )  # fmt: skip
 
 
 def adapter_of(model, stream, config=TTT):
-    return SGDAdapter(model, stream, config=config, length=LENGTH, recurrent=True, world=ALONE, runtime=RUNTIME)
+    return SGDAdapter(model, stream, config=config, length=LENGTH, recurrent=True, world=ALONE)
 
 
 def test_first_chunk_scores_as_without_adaptation_and_later_ones_better(stream):
@@ -49,7 +49,7 @@ def test_adaptation_never_reaches_back(stream):
         changed = Stream(tokens, stream.target_bytes_P)
         windows = plan_windows(changed.positions, length=LENGTH, stride=4)
         evaluate(
-            model, changed, windows, config=EVALUATION, runtime=RUNTIME, recurrent=True, world=ALONE,
+            model.nats, changed, windows, config=EVALUATION, recurrent=True, world=ALONE,
             chunk_tokens=TTT.chunk_tokens, adapter=adapter_of(model, changed),
             on_chunk=lambda chunk, chunks, bpb, heard=heard: heard.append(bpb),
         )  # fmt: skip
@@ -68,6 +68,30 @@ def test_one_update_is_sgd_with_momentum_on_the_clipped_mean_gradient(stream):
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in reference.parameters()))
     for moved, before in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(moved, before - 0.1 * before.grad * min(1.0, 0.5 / norm), atol=1e-6, rtol=1e-4)
+
+
+def test_chunks_leave_the_weights_of_sgd_written_out(stream):
+    config = TTTConfig(
+        chunk_tokens=80, lr=0.1, momentum=0.8, epochs=2, batch_sequences=2, grad_clip_norm=0.5, frozen_blocks=1
+    )
+    model, reference = random_model(), random_model()
+    adapter = adapter_of(model, stream, config)
+    learned = [p for name, p in reference.named_parameters() if not name.startswith("blocks.0.")]
+    velocities = [torch.zeros_like(p) for p in learned]
+    for chunk, (first, last) in enumerate([(0, 80), (80, 160)]):
+        adapter.learn(first, last, chunk=chunk, chunks=3)
+        lr = 0.1 * 0.5 * (1 + math.cos(math.pi * chunk / 2))
+        tokens = stream.tokens_N[first : last + 1].long()
+        sequences, targets = tokens[:-1].view(5, LENGTH), tokens[1:].view(5, LENGTH)
+        for rows in [slice(0, 2), slice(2, 4), slice(4, 5)] * 2:  # the last batch of an epoch is a smaller one
+            grads = torch.autograd.grad(reference(sequences[rows], targets[rows], True), learned)
+            clip = min(1.0, 0.5 / torch.cat([g.flatten() for g in grads]).norm().item())
+            with torch.no_grad():
+                for parameter, velocity, grad in zip(learned, velocities, grads, strict=True):
+                    velocity.mul_(0.8).add_(clip * grad)
+                    parameter.sub_(lr * velocity)
+    for moved, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-4)  # a dozen steps of float32
 
 
 def test_momentum_lives_through_chunks(stream):
