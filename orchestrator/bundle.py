@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import brotli
@@ -23,7 +24,7 @@ PACKAGE, ENTRY = "trainer", "main"
 # Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
 MODULES = (
     "protocol", "graphs", "distributed", "data", "errors", "main", "model", "attention", "train", "gptq", "schedule",
-    "muon", "optim", "evaluate", "ttt", "artifact", "kernels", "config",
+    "muon", "optim", "evaluate", "ttt", "artifact", "fit", "quantize", "kernels", "config",
 )  # fmt: skip
 
 # What a run takes on trust (`minify` says what becomes of it). Each check was made on the same values, by this code from
@@ -84,20 +85,23 @@ def is_quotable(text: str) -> bool:
     return "'''" not in text and not text.endswith(("'", "\\"))
 
 
-def launcher(table: str) -> str:
-    """The bundle's text around a table of modules and sources. Raises CaddieError where no packing can be quoted: one in
-    thirty cannot, and there are several.
-    """
-    modes = (brotli.MODE_GENERIC, brotli.MODE_FONT)  # which is better, is not known before; MODE_TEXT gives the first
-    packings = [
-        brotli.compress(table.encode(), mode=mode, quality=QUALITY, lgwin=window)
-        for mode in modes
-        for window in WINDOWS
+def packings(table: str) -> list[bytes]:
+    """The table, packed in several ways, the smallest first; which mode is better, is not known before."""
+    modes = (brotli.MODE_GENERIC, brotli.MODE_FONT)  # MODE_TEXT does what the first does
+    packed = [
+        brotli.compress(table.encode(), mode=mode, quality=QUALITY, lgwin=size) for mode in modes for size in WINDOWS
     ]
-    for packed in sorted(packings, key=len):
-        text = as_text(packed)
+    return sorted(packed, key=len)
+
+
+def launcher(packed: Iterable[bytes]) -> str:
+    """The bundle's text around the first table that can be quoted. Raises CaddieError where none can: one in thirty
+    cannot, and there are several.
+    """
+    for content in packed:
+        text = as_text(content)
         if is_quotable(text):
-            return LAUNCHER.format(table=text, digits=DIGITS, first=FIRST_DIGIT, size=len(packed))
+            return LAUNCHER.format(table=text, digits=DIGITS, first=FIRST_DIGIT, size=len(content))
     raise CaddieError("no packing of the trainer can be quoted in a Python source", hint="change anything in trainer/")
 
 
@@ -106,7 +110,7 @@ def build() -> bytes:
     """The bundle of the installed trainer; the same sources give the same bytes. Raises CaddieError over the limit."""
     sources = module_sources(Path(trainer.__file__).parent)
     table = "\0".join(part for item in sources.items() for part in item)
-    bundle = launcher(table).encode()
+    bundle = launcher(packings(table)).encode()
     if len(bundle) > LARGEST_BYTES:
         raise CaddieError(f"the bundle has {len(bundle)} bytes, the limit is {LARGEST_BYTES}", hint="shorten trainer/")
     return bundle

@@ -9,7 +9,8 @@ Taken on trust, where the caller says so: what a program is given by one that ha
 
     checks    functions that only raise: the statements that call them go, and they with them
     records   dataclasses that are read from files which state every field, and the classes made of them in their
-              module: the fields go, with defaults and `__post_init__`; any keyword becomes an attribute; methods stay
+              module: the fields go, with `__post_init__` and the defaults, but for those that a call needs; any keyword
+              becomes an attribute; methods stay
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.errors import CaddieError
-from orchestrator.short_names import imported, is_looked_at, open_classes, parameters, short_names
+from orchestrator.short_names import imported, is_looked_at, open_classes, parameters, require_followable, short_names
 
 BODIES = ("body", "orelse", "finalbody")
 RECORD = "def __init__(self,/,**a):self.__dict__.update(a)"
@@ -46,6 +47,7 @@ def minify(
     `checks` and `records` are dotted names of what is taken on trust. Raises CaddieError where that cannot be done.
     """
     trees = {name: ast.parse(source) for name, source in sources.items()}
+    require_followable(trees)
     cuts = _take_on_trust(trees, checks, records)
     for _ in range(2):  # what is left out the first time may have been all that looked at types
         for module, tree in trees.items():
@@ -79,6 +81,7 @@ def _take_on_trust(
     for module, tree in trees.items():
         for owner in ast.walk(tree):
             cuts[module] += _check_cuts(owner, names)
+    read = {word for tree in trees.values() for node in ast.walk(tree) for word in _looked_up(node)}
     plain: set[str] = set()
     for module, definition in _definitions(trees):
         if isinstance(definition, ast.ClassDef):
@@ -86,10 +89,31 @@ def _take_on_trust(
             is_root = f"{module}.{definition.name}" in records
             if is_root or bases & set(records):
                 plain.add(definition.name)
-                cuts[module] += _record_cuts(definition, is_root=is_root)
+                needed = read & _left_unnamed(definition, trees.values())
+                cuts[module] += _record_cuts(definition, is_root=is_root, needed=needed)
     for tree in trees.values():
         _require_trustable(tree, names, plain)
     return cuts
+
+
+def _left_unnamed(definition: ast.ClassDef, trees: Iterable[ast.Module]) -> set[str]:
+    """Fields of a record that some call with keywords does not name."""
+    fields = {ast.unparse(field.target) for field in _fields(definition)}
+    calls = [
+        {keyword.arg for keyword in node.keywords}
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == definition.name
+    ]
+    return set().union(*(fields - given for given in calls if None not in given))
+
+
+def _looked_up(node: ast.AST) -> Iterator[str]:
+    """Words by which a node may read an attribute."""
+    if isinstance(node, ast.Attribute):
+        yield node.attr
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
 
 
 def _definitions(trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
@@ -134,18 +158,28 @@ def _is_check(statement: ast.stmt, names: set[str]) -> bool:
     )
 
 
-def _record_cuts(definition: ast.ClassDef, *, is_root: bool) -> Iterator[_Cut]:
-    """Leave of a record its methods; a root's fields give way to a constructor that takes any."""
+def _record_cuts(definition: ast.ClassDef, *, is_root: bool, needed: set[str]) -> Iterator[_Cut]:
+    """Leave of a record its methods, and the defaults of the `needed` fields; a root's fields give way to a constructor
+    that takes any. Raises CaddieError where a needed field has no plain default.
+    """
     for decorator in definition.decorator_list:
         yield _Cut((decorator.lineno, decorator.col_offset - 1), _end(decorator))
-    gone = [
-        s for s in definition.body if isinstance(s, ast.AnnAssign) or _is_prose(s) or _is_named(s, {"__post_init__"})
-    ]
+    staying = [field for field in _fields(definition) if ast.unparse(field.target) in needed]
+    for field in staying:
+        if not isinstance(field.value, ast.Constant | ast.Name):
+            word = ast.unparse(field.target)
+            raise CaddieError(f"{definition.name} is a record taken on trust, and is built without its {word}")
+    left_out = [field for field in _fields(definition) if field not in staying]
+    gone = [s for s in definition.body if s in left_out or _is_prose(s) or _is_named(s, {"__post_init__"})]
     stand_in = RECORD if is_root else "0" if len(gone) == len(definition.body) else ""
     for statement in gone:
         yield _Cut(_begin(statement), _end(statement), stand_in if statement is gone[0] else "")
     definition.decorator_list = []
     definition.body = [s for s in definition.body if s not in gone]
+
+
+def _fields(definition: ast.ClassDef) -> list[ast.AnnAssign]:
+    return [statement for statement in definition.body if isinstance(statement, ast.AnnAssign)]
 
 
 def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) -> None:
@@ -156,11 +190,9 @@ def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) ->
             raise CaddieError(
                 f"line {_begin(node)[0]}: {word} is taken on trust, but not called as a statement with plain arguments"
             )
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in records):
-            continue
-        if node.args or [keyword.arg for keyword in node.keywords] != [None]:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in records and node.args:
             raise CaddieError(
-                f"line {node.lineno}: {node.func.id} is a record taken on trust: build it from one **mapping"
+                f"line {node.lineno}: {node.func.id} is a record taken on trust: name what it is built from, or give one **mapping"
             )
 
 

@@ -81,12 +81,7 @@ class _Scope:
 
 
 def short_names(trees: Mapping[str, ast.Module], sources: Mapping[str, str], *, entry: str) -> ShortNames:
-    """Short names for the modules, by dotted name; the function `entry` keeps its own.
-
-    Raises CaddieError for what binds names in a way that is not understood here.
-    """
-    for module, tree in trees.items():
-        _require_readable(module, tree, trees)
+    """Short names for the modules, by dotted name; the function `entry` keeps its own."""
     calls = _Calls(trees)
     scopes = [s for module, tree in trees.items() for s in _scopes(module, tree, sources[module], calls)]
     defined = {module: _defined(tree) for module, tree in trees.items()}
@@ -116,16 +111,17 @@ def short_names(trees: Mapping[str, ast.Module], sources: Mapping[str, str], *, 
     )
 
 
-def _require_readable(module: str, tree: ast.Module, packed: Collection[str]) -> None:
-    """Raise CaddieError for what `short_names` cannot follow."""
-    for node in ast.walk(tree):
-        is_star = isinstance(node, ast.ImportFrom) and any(a.name == "*" or node.level for a in node.names)
-        is_whole = isinstance(node, ast.Import) and any(a.name in packed for a in node.names)
-        if is_star or is_whole or type(node).__name__ in UNREAD:
-            raise CaddieError(
-                f"{module}, line {getattr(node, 'lineno', 0)}: {type(node).__name__} of this kind cannot be packed",
-                hint="import what is needed by its name; write def, class and if",
-            )
+def require_followable(trees: Mapping[str, ast.Module]) -> None:
+    """Raise CaddieError for what binds or reaches names in a way that is not looked for here."""
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            is_star = isinstance(node, ast.ImportFrom) and any(a.name == "*" or node.level for a in node.names)
+            is_whole = isinstance(node, ast.Import) and any(a.name in trees for a in node.names)
+            if is_star or is_whole or type(node).__name__ in UNREAD:
+                raise CaddieError(
+                    f"{module}, line {getattr(node, 'lineno', 0)}: {type(node).__name__} of this kind cannot be packed",
+                    hint="import what is needed by its name; write def, class and if",
+                )
 
 
 def _chosen(uses: Counter[str], seen: list[tuple[set[str], set[str]]]) -> dict[str, str]:

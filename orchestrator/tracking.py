@@ -35,6 +35,9 @@ MOST_METRICS, MOST_PARAMS = 1000, 100
 MOST_PARAM_CHARACTERS = 6000
 """MLflow cuts a longer value with only a line in its log."""
 
+PARTIAL = ".partial"
+"""End of the name of a database that is still being made."""
+
 ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
 
 for _noisy in ("mlflow", "alembic"):  # both tell of every table that they make
@@ -61,6 +64,20 @@ class MlflowRun:
     tags: dict[str, str] = field(default_factory=dict)
 
 
+def _client(database: Path) -> MlflowClient:
+    uri = f"sqlite:///{database}"
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(database: Path) -> None:
+    """Make an empty database whole or not at all: MLflow never finishes a schema in whose making it was killed."""
+    for left in database.parent.glob(f".{database.name}.*{PARTIAL}*"):
+        left.unlink()
+    partial = database.with_name(f".{database.name}.{os.getpid()}{PARTIAL}")
+    _client(partial).search_experiments(max_results=1)
+    os.replace(partial, database)
+
+
 class MlflowStore:
     """One database and its artifacts, and what this process has learnt of the runs in it."""
 
@@ -73,10 +90,11 @@ class MlflowStore:
 
     @property
     def client(self) -> MlflowClient:
-        """The client; the first use creates the schema, so the caller must hold the lock."""
+        """The client; the first use makes the database, so the caller must hold the lock."""
         if self._client is None:
-            uri = f"sqlite:///{self.database}"
-            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            if not self.database.exists():
+                _make_database(self.database)
+            self._client = _client(self.database)
         return self._client
 
     @contextmanager

@@ -19,6 +19,7 @@ HEAVY = {"torch", "mlflow", "optuna", "pandas", "rich", "plotly", "submitit", "s
 
 # Which modules may import an outside library. Each library of the orchestrator has one; the trainer's are its own.
 OWNERS = {
+    "brotli": {"orchestrator.bundle"},
     "optuna": {"orchestrator.search"},
     "submitit": {"orchestrator.launcher"},
     "mlflow": {"orchestrator.tracking"},

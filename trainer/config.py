@@ -305,11 +305,17 @@ class QuantConfig(Section):
     method: str = _one_of("gptq", "gptq", "rtn")
     """`gptq`: error feedback through the inputs' second moments; `rtn`: round to nearest."""
 
-    matrix_bits: int = _between(6, 2, 8)
-    """Bits of a block matrix's weight, symmetric, without the most negative value."""
+    attention_bits: int = _between(6, 2, 8)
+    """Bits of a weight of queries, keys, values and attention's output, symmetric, without the most negative value."""
+
+    mlp_bits: int = _between(6, 2, 8)
+    """Bits of a weight of the MLPs."""
 
     embedding_bits: int = _between(8, 2, 8)
     """Bits of a table's entry."""
+
+    clip: str = _one_of("quantile", "quantile", "std")
+    """Where rows are clipped: `quantile` tries several quantiles of a row; `std` takes so many of its standard deviations."""
 
     clip_quantiles: tuple[float, ...] = _between((0.9990, 0.9995, 0.9999, 0.99999, 1.0), 0.5, 1)
     """Candidates for a row's clipping point, as quantiles of its absolute weights."""
@@ -319,6 +325,27 @@ class QuantConfig(Section):
 
     embedding_clip_quantile: float = _between(0.9999984, 0.5, 1)
     """Clipping point of a table's row."""
+
+    attention_clip_std: float = _between(12.85, above=0)
+    """Standard deviations at which `std` clips attention's matrices; more means a smaller file and a coarser grid. #1394."""
+
+    mlp_clip_std: float = _between(12.85, above=0)
+    """The same for the MLPs' matrices."""
+
+    embedding_clip_std: float = _between(20.0, above=0)
+    """The same for the tables."""
+
+    clip_importance: float = _between(0.0, 0, 1)
+    """λ by which rows that matter more to their outputs are clipped later under `std`; 0 is off. #1412: 0.175."""
+
+    embedding_method: str = _one_of("rtn", "rtn", "gptq")
+    """How the token table is rounded: to nearest, or by GPTQ as the output head that it is. #1394."""
+
+    low_rank_tensors: int = _between(0, 0)
+    """Matrices, the worst rounded first, that get a low-rank correction of their rounding error; 0 is off. #1797."""
+
+    low_rank: int = _between(4, 1)
+    """Rank of the correction."""
 
     calibration_steps: int = _between(8, 1)
     """Training batches that GPTQ's second moments are taken from; the script of #1326 reads 64 a GPU and keeps one GPU's."""

@@ -8,6 +8,7 @@ A shard is a header of 256 little-endian int32 (magic, version, number of tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConfigError, DataError
-from trainer.protocol import TRAIN, VALIDATION, DataDir, Manifest, Shard, read_manifest, sha256_of
+from trainer.protocol import SPLITS, TRAIN, VALIDATION, DataDir, Manifest, Shard, read_manifest, sha256_of
 
 HEADER_INTS, MAGIC, VERSION = 256, 20240520, 1  # the challenge's shards
 HEADER_BYTES = 4 * HEADER_INTS
@@ -107,8 +108,10 @@ class Dataset:
         self.folder, self.manifest, self.tokenizer = folder, manifest, tokenizer
 
     @classmethod
-    def open(cls, data_dir: Path, vocab_size: int, manifest_sha256: str | None = None) -> Dataset:
-        """Check manifest, tokenizer, every shard's size and header, and the validation shards' content.
+    def open(
+        cls, data_dir: Path, vocab_size: int, manifest_sha256: str | None = None, *, splits: Sequence[str] = SPLITS
+    ) -> Dataset:
+        """Check manifest, tokenizer, every shard's size and header (of these splits), and the validation shards' content.
 
         The content of the training shards is left to `verify-data`: a full export would cost a minute of each run.
         Raises DataError, ProtocolError.
@@ -126,8 +129,8 @@ class Dataset:
         path = folder.root / manifest.tokenizer
         tokenizer = load_tokenizer(path, vocab_size)
         _require_sha256(path, manifest.tokenizer_sha256)
-        for split in manifest.splits.values():
-            for shard in split.shards:
+        for split in splits:
+            for shard in manifest.splits[split].shards:
                 read_shard(folder.root / shard.file, shard)
         for shard in manifest.splits[VALIDATION].shards:
             _require_sha256(folder.root / shard.file, shard.sha256)

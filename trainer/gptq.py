@@ -1,7 +1,11 @@
-"""From float matrices to small integers: GPTQ with act-order, damping and clip search, and round-to-nearest beside it."""
+"""From float matrices to small integers: GPTQ with act-order, damping and clip choice, and round-to-nearest beside it.
+
+Matrices of one shape go through it side by side: columns have to wait for each other, matrices and rows do not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from trainer.config import QuantConfig
 
-# Dimensions: M rows (outputs) and N columns (inputs) of a matrix, C clip candidates.
+# Dimensions: P matrices of one shape, M rows (outputs) and N columns (inputs) of a matrix, C clip candidates.
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 DAMPING_TRIES = 4  # each ten times the damping before; round-to-nearest after the last
@@ -24,112 +28,141 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The float32 matrix that a reader of the model file gets, bit for bit."""
-        return self.integers_MN.float() * self.scales_M.float()[:, None]
+        return self.integers_MN.float() * self.scales_M.float()[..., None]
 
 
 def largest_integer(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def scales_for(clip_M: Tensor, bits: int) -> Tensor:
+def scales_for(clip: Tensor, bits: int) -> Tensor:
     """The float16 scale of each row that puts its clipping point on the largest integer."""
-    return (clip_M / largest_integer(bits)).clamp_min(SMALLEST_SCALE).half()
+    return (clip / largest_integer(bits)).clamp_min(SMALLEST_SCALE).half()
 
 
-def row_quantiles(weight_MN: Tensor, quantiles: tuple[float, ...]) -> Tensor:
-    """Quantiles of each row's absolute values, (C, M)."""
-    return torch.quantile(weight_MN.abs().float(), torch.tensor(quantiles, device=weight_MN.device), dim=1)
+@dataclass(frozen=True)
+class Grid:
+    """How one role's matrices are quantised: bits, and the clip in standard deviations of a row (0: searched)."""
+
+    bits: int
+    clip_std: float
 
 
-def round_to_nearest(weight_MN: Tensor, scales_M: Tensor, bits: int) -> Tensor:
-    """Nearest integers for given scales, int8."""
+def row_quantiles(weight_PMN: Tensor, quantiles: Sequence[float]) -> Tensor:
+    """Quantiles of each row's absolute values, (C, P, M)."""
+    return torch.quantile(weight_PMN.abs().float(), torch.tensor(quantiles, device=weight_PMN.device), dim=-1)
+
+
+def std_clip(weight_PMN: Tensor, clip_std: float, importance: float, moments_PNN: Tensor | None) -> Tensor:
+    """The clip of each row, `clip_std` of its standard deviations: #1394's. (P, M)
+
+    With `importance` λ (#1412) rows that matter more are clipped later: times 1 + λ (r - 1), r a row's mean of |weight| ·
+    second moment of its input, over the mean of that. None matter more where the moments are not known.
+    """
+    clip = clip_std * weight_PMN.std(-1, correction=0)
+    if not importance or moments_PNN is None:
+        return clip
+    weigh = weight_PMN.abs() @ moments_PNN.diagonal(dim1=-2, dim2=-1)[..., None]
+    relative = weigh[..., 0] / weigh.mean(-2).clamp_min(SMALLEST_SCALE)
+    return clip * (1 + importance * (relative - 1)).clamp_min(0)
+
+
+def round_to_nearest(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Nearest integers for given scales of the rows, int8. Any leading dimensions."""
     limit = largest_integer(bits)
-    return (weight_MN / scales_M.float()[:, None]).round().clamp(-limit, limit).to(torch.int8)
+    return (weight / scales.float()[..., None]).round().clamp(-limit, limit).to(torch.int8)
 
 
-def inverse_factor(moments_NN: Tensor, damping: float) -> Tensor | None:
-    """Upper Cholesky factor of the inverse of the damped second moments, or None where they stay singular.
+def inverse_factors(moments_PNN: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factors of the inverses of the damped second moments, and for which matrices there is one, (P).
 
     In float64: a few thousand columns, once a matrix, and the one place where rounding can break the method.
     """
-    moments = moments_NN.double()
-    mean = moments.diagonal().mean()
-    identity = torch.eye(moments.size(0), dtype=torch.float64, device=moments.device)
+    moments = moments_PNN.double()
+    mean_P = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+    identity = torch.eye(moments.size(-1), dtype=torch.float64, device=moments.device)
+    factors, is_regular = torch.zeros_like(moments), torch.zeros(len(moments), dtype=torch.bool, device=moments.device)
     for attempt in range(DAMPING_TRIES):
-        lower, info = torch.linalg.cholesky_ex(moments + damping * 10**attempt * mean * identity)
-        if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0:
-                return upper.float()
-    return None
+        left = (~is_regular).nonzero().flatten()
+        if not len(left):
+            break
+        damped = moments[left] + (damping * 10**attempt * mean_P[left])[:, None, None] * identity
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        inverse = torch.cholesky_inverse(torch.where((failed == 0)[:, None, None], lower, identity))
+        upper, failed_too = torch.linalg.cholesky_ex(inverse, upper=True)
+        fine = (failed == 0) & (failed_too == 0)
+        factors[left[fine]], is_regular[left[fine]] = upper[fine], True
+    return factors.float(), is_regular
 
 
 def feed_back_errors(
-    weight_MN: Tensor, scales_M: Tensor, factor_NN: Tensor, *, bits: int, block_columns: int
+    weight_PMN: Tensor, scales_PM: Tensor, factors_PNN: Tensor, *, bits: int, block_columns: int
 ) -> Tensor:
     """Quantise column by column, each column's rounding error spread over the columns still to come. arXiv 2210.17323."""
-    weight, scales = weight_MN.clone(), scales_M.float()
+    weight, scales = weight_PMN.clone(), scales_PM.float()
     integers = torch.empty_like(weight, dtype=torch.int8)
-    limit, columns = largest_integer(bits), weight.size(1)
+    limit, columns = largest_integer(bits), weight.size(-1)
+    diagonal_PN = factors_PNN.diagonal(dim1=-2, dim2=-1)
     for begin in range(0, columns, block_columns):
         end = min(begin + block_columns, columns)
-        errors = torch.empty_like(weight[:, begin:end])
+        errors = torch.empty_like(weight[..., begin:end])
         for column in range(begin, end):
-            rounded = (weight[:, column] / scales).round().clamp(-limit, limit)
-            integers[:, column] = rounded.to(torch.int8)
-            error = (weight[:, column] - rounded * scales) / factor_NN[column, column]
-            weight[:, column:end] -= error[:, None] * factor_NN[column, column:end]
-            errors[:, column - begin] = error
-        weight[:, end:] -= errors @ factor_NN[begin:end, end:]
+            rounded = (weight[..., column] / scales).round().clamp(-limit, limit)
+            integers[..., column] = rounded.to(torch.int8)
+            error = (weight[..., column] - rounded * scales) / diagonal_PN[:, column, None]
+            weight[..., column:end] -= error[..., None] * factors_PNN[:, None, column, column:end]
+            errors[..., column - begin] = error
+        weight[..., end:] -= errors @ factors_PNN[:, begin:end, end:]
     return integers
 
 
-def row_errors(weight_MN: Tensor, quantized: Quantized, moments_NN: Tensor, criterion: str) -> Tensor:
+def row_errors(weight: Tensor, quantized: Quantized, moments: Tensor, criterion: str) -> Tensor:
     """Squared error of each row: of its weights, or of its outputs under the inputs' second moments."""
-    error = weight_MN - quantized.dequantize()
-    return (error * error if criterion == "weight" else (error @ moments_NN) * error).sum(1)
+    error = weight - quantized.dequantize()
+    return (error * error if criterion == "weight" else (error @ moments) * error).sum(-1)
 
 
-def quantize_matrix(weight_MN: Tensor, moments_NN: Tensor | None, config: QuantConfig) -> tuple[Quantized, bool]:
-    """Quantise one matrix by the configured method; each row takes the clip candidate with the smallest error.
+def quantize_matrices(
+    weight_PMN: Tensor, moments_PNN: Tensor | None, grid: Grid, config: QuantConfig
+) -> tuple[list[Quantized], Tensor]:
+    """Quantise matrices of one shape; of several clip candidates each row takes the one with the smallest error.
 
-    `moments_NN` are the inputs' second moments (round-to-nearest weighs all columns alike and needs none). All
-    candidates of all rows go through one pass, since rows do not touch each other. The second value says whether error
-    feedback was used; it is not where the moments stay singular under growing damping.
+    `moments_PNN` are the inputs' second moments (round-to-nearest weighs all columns alike and needs none). All
+    candidates of all rows go through one pass. The second value says of each matrix whether error feedback was used; it
+    is not where the moments stay singular under growing damping.
     """
-    weight, bits = weight_MN.float(), config.matrix_bits
-    candidates_CM = row_quantiles(weight, config.clip_quantiles)
-    scales = scales_for(candidates_CM.flatten(), bits)
-    stacked = weight.repeat(len(config.clip_quantiles), 1)
-    moments = torch.eye(weight.size(1), device=weight.device) if moments_NN is None else moments_NN.float().clone()
-    factor = None
-    if config.method == "gptq" and moments_NN is not None:
-        dead = moments.diagonal() == 0
-        moments.diagonal()[dead] = 1
-        stacked[:, dead] = 0  # an input that is always zero: its weight does nothing and costs bytes
-        order = (
-            moments.diagonal().argsort(descending=True, stable=True)
-            if config.act_order
-            else torch.arange(len(dead), device=dead.device)
-        )
-        factor = inverse_factor(moments[order][:, order], config.damping)
-    if factor is None:
-        integers = round_to_nearest(stacked, scales, bits)
+    weight = weight_PMN.float()
+    count, rows, columns = weight.shape
+    if grid.clip_std:
+        clips_CPM = std_clip(weight, grid.clip_std, config.clip_importance, moments_PNN)[None]
     else:
-        ordered = feed_back_errors(stacked[:, order], scales, factor, bits=bits, block_columns=config.block_columns)
-        integers = torch.empty_like(ordered)
-        integers[:, order] = ordered
+        clips_CPM = row_quantiles(weight, config.clip_quantiles)
+    scales = scales_for(clips_CPM.transpose(0, 1).flatten(1), grid.bits)
+    stacked = weight.repeat(1, len(clips_CPM), 1)
+    integers = round_to_nearest(stacked, scales, grid.bits)
+    has_feedback = torch.zeros(count, dtype=torch.bool, device=weight.device)
+    moments = torch.eye(columns, device=weight.device) if moments_PNN is None else moments_PNN.float()
+    if moments_PNN is not None:
+        diagonal = moments.diagonal(dim1=-2, dim2=-1)
+        dead = diagonal == 0  # an input that is always zero: its weight does nothing and costs bytes
+        moments = moments + torch.diag_embed(dead.float())
+        stacked = stacked.masked_fill(dead[:, None], 0)
+        order = torch.arange(columns, device=weight.device).expand(count, -1)
+        if config.act_order:
+            order = torch.argsort(diagonal.masked_fill(dead, 1), dim=-1, descending=True, stable=True)
+        along_rows = order[:, None].expand(-1, stacked.size(1), -1)
+        ordered = moments.gather(1, order[..., None].expand(-1, -1, columns))
+        ordered = ordered.gather(2, order[:, None].expand(-1, columns, -1))
+        factors, has_feedback = inverse_factors(ordered, config.damping)
+        factors = torch.where(has_feedback[:, None, None], factors, torch.eye(columns, device=weight.device))
+        fed = feed_back_errors(
+            stacked.gather(2, along_rows), scales, factors, bits=grid.bits, block_columns=config.block_columns
+        )
+        integers = torch.empty_like(fed).scatter_(2, along_rows, fed)
     errors = row_errors(stacked, Quantized(integers, scales), moments, config.clip_criterion)
-    rows = weight.size(0)
-    chosen = errors.view(-1, rows).argmin(0) * rows + torch.arange(rows, device=weight.device)
-    return Quantized(integers[chosen], scales[chosen]), factor is not None
-
-
-def quantize_table(weight_MN: Tensor, config: QuantConfig) -> Quantized:
-    """Round an embedding table to nearest, each row clipped at the configured quantile."""
-    weight = weight_MN.float()
-    scales = scales_for(row_quantiles(weight, (config.embedding_clip_quantile,))[0], config.embedding_bits)
-    return Quantized(round_to_nearest(weight, scales, config.embedding_bits), scales)
+    best = errors.view(count, -1, rows).argmin(1) * rows + torch.arange(rows, device=weight.device)
+    chosen = integers.gather(1, best[..., None].expand(-1, -1, columns))
+    return [Quantized(*pair) for pair in zip(chosen, scales.gather(1, best), strict=True)], has_feedback
 
 
 class SecondMoments:

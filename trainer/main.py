@@ -25,11 +25,11 @@ from trainer.data import Dataset
 from trainer.distributed import World, start_world
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
 from trainer.evaluate import Evaluation, Stream, evaluate, plan_windows
-from trainer.gptq import quantize_matrix, quantize_table
+from trainer.fit import fit
 from trainer.graphs import Recorded
 from trainer.model import Model
-from trainer.optim import parameter_groups
 from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Spec
+from trainer.quantize import corrected, quantize
 from trainer.train import Network, NotFiniteError, calibrate, reserve_seconds, train, warm_up
 from trainer.ttt import ParityError, SGDAdapter, require_parity
 
@@ -86,8 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--recheck", type=Path, metavar="DATA")
     options = parser.parse_args(arguments)
     directory = RunDir(options.run_dir.resolve())
+    if options.recheck:
+        return recheck(directory, options.recheck)
     stop = StopSignal()
     signal.signal(signal.SIGTERM, stop.hear)
     try:
@@ -100,6 +103,31 @@ def main(arguments: list[str] | None = None) -> int:
     attempt = directory.attempt(options.attempt)
     log = EventLog(attempt.events if world.is_first else None)
     return attempt_run(Run(directory, spec, config, world, log, stop), attempt)
+
+
+def recheck(directory: RunDir, data_dir: Path) -> int:
+    """Score a model file that stands alone, on a data set's validation split, into `recheck.json`; the exit code.
+
+    Nothing else of the run is read, and nothing of the training data.
+    """
+    try:
+        file = artifact.load(directory.artifact.read_bytes(), str(directory.artifact))
+        config = from_mapping(file.meta["config"])
+        unknown = dict.fromkeys(("run_id", "preset", "data_dir", "manifest_sha256", "bundle_sha256"), "")
+        spec = Spec(**{**unknown, "seed": 0, "replicate": 0, "config": file.meta["config"], "code": {}})
+        run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal())
+        run.found["train_seconds"] = 0.0
+        with fastest_kernels():
+            dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(protocol.VALIDATION,))
+            score_stored(run, stream_of(run, dataset))
+        if run.world.is_first:
+            outcome = result_of(run, directory.attempt(0), protocol.COMPLETE, None)
+            protocol.write_result(directory.recheck, outcome)
+        run.world.close()
+    except (CaddieError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    return 0
 
 
 def attempt_run(run: Run, attempt: AttemptDir) -> int:
@@ -193,7 +221,9 @@ def execute(run: Run) -> None:
         run.found["status"] = protocol.STOPPED
         return
     pack(run, model, dataset, outcome.is_recurrent)
-    score(run, model, dataset, outcome.is_recurrent)
+    stream = stream_of(run, dataset)
+    stage_score(run, protocol.POST_EMA, model, stream, outcome.is_recurrent)
+    score_stored(run, stream)
 
 
 def build_model(config: Config, world: World) -> Model:
@@ -215,11 +245,13 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
     if world.is_first:
         bundle_bytes = run.directory.bundle.stat().st_size
         with run.phase("quantize"):
-            tensors = quantize(run, model, moments)
+            rounded = quantize(model, moments, config.quant)
+        for name in rounded.without_feedback:
+            run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)
         with run.phase("pack"):
             meta = {"config": run.spec.config, "recurrent": recurrent}
-            compressed, pruned = artifact.fit(
-                artifact.ModelFile(meta, tensors), cap_bytes=config.limits.artifact_bytes - bundle_bytes,
+            compressed, pruned = fit(
+                artifact.ModelFile(meta, rounded.tensors), cap_bytes=config.limits.artifact_bytes - bundle_bytes,
                 quality=config.quant.brotli_quality,
             )  # fmt: skip
             protocol.write_bytes_atomically(run.directory.artifact, compressed)
@@ -234,41 +266,26 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
     world.agree(0.0)  # the others read the file only now
 
 
-def quantize(run: Run, model: Model, moments: dict[str, torch.Tensor]) -> dict[str, artifact.Stored]:
-    """Every tensor of the model in the form in which it is stored: #1326's, with learned vectors left in float32."""
-    config = run.config.quant
-    matrices = {f"{name}.weight": name for name, _, _ in model.matrices()}
-    group_of = {id(parameter): group for group, members in parameter_groups(model).items() for parameter in members}
-    tensors: dict[str, artifact.Stored] = {}
-    for name, parameter in model.named_parameters():
-        tensor, group = parameter.detach(), group_of[id(parameter)]
-        if name in matrices:
-            tensors[name], has_feedback = quantize_matrix(tensor, moments.get(matrices[name]), config)
-            if config.method == "gptq" and not has_feedback:
-                run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)
-        elif group in ("embedding", "head"):
-            tensors[name] = quantize_table(tensor, config)
-        else:
-            tensors[name] = tensor if group == "scalar" else tensor.half()
-    return tensors
-
-
 def stored_model(run: Run) -> tuple[Model, bool]:
     """A fresh model from `artifact.bin`, and whether its repeated layers are on. Raises ProtocolError."""
     path = run.directory.artifact
     file = artifact.load(path.read_bytes(), str(path))
     model = build_model(from_mapping(file.meta["config"]), run.world)
-    model.load_state_dict(file.state())
+    model.load_state_dict(corrected(file.state()))
     return model, bool(file.meta["recurrent"])
 
 
-def score(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
-    """Score the averaged weights, then the stored model: flat, sliding, and with test-time training."""
+def stream_of(run: Run, dataset: Dataset) -> Stream:
+    """The validation split on this process's device."""
     tokens_N = dataset.validation_tokens()
     target_bytes = dataset.byte_counts().bytes_of_targets(tokens_N[:-1], tokens_N[1:])
-    stream = Stream(tokens_N.to(run.world.device), target_bytes.to(run.world.device))
-    stage_score(run, protocol.POST_EMA, model, stream, recurrent)
-    stored, recurrent = stored_model(run)
+    return Stream(tokens_N.to(run.world.device), target_bytes.to(run.world.device))
+
+
+def score_stored(run: Run, stream: Stream) -> None:
+    """Score the stored model: flat, sliding, and with test-time training. Raises ParityError."""
+    with run.phase("reload"):
+        stored, recurrent = stored_model(run)
     stage_score(run, protocol.ROUNDTRIP, stored, stream, recurrent)
     sliding = stage_score(run, protocol.SLIDING, stored, stream, recurrent)
     if run.config.ttt.method == "off":

@@ -21,6 +21,9 @@ VALUE_EMBEDDING_SCALE = 0.1  # initial value of the scale that all its layers sh
 SMALLEST_ORTHOGONAL = 64  # narrower matrices keep torch's own start: source of #1218
 LARGEST_VARIETY = 32  # graphs of one compiled part: a few shapes, with and without gradients
 
+HEAD = "head"
+"""Name under which `observe` hears what the output head reads."""
+
 Observe = Callable[[str, Tensor], None]
 """Hears what each quantised matrix reads, by the matrix's name: calibration listens."""
 
@@ -238,9 +241,16 @@ class Model(nn.Module):
             )  # fmt: skip
             if position < first_half:
                 states.append(x)
+        final = self._final(x, lane)
+        if observe:
+            observe(HEAD, final)
+        return final
+
+    def _final(self, x: Tensor, lane: Tensor | None) -> Tensor:
+        """The stream, merged with the MLP's lane where there is one, normalised."""
         if lane is None or self.lane_merge is None:
             return normalize_beside(x, 1.0)[1]
-        ones = torch.ones(config.width, device=x.device)
+        ones = torch.ones(self.config.width, device=x.device)
         unit = combine((x, lane), torch.stack((self.lane_merge * ones, (1 - self.lane_merge) * ones)), 1.0)[1]
         assert unit is not None, "a scale was given"
         return unit

@@ -125,6 +125,10 @@ class RunDir:
     def weights(self) -> Path:  # final averaged weights, unquantised, in the flat format
         return self.root / "checkpoint" / "weights.bin"
 
+    @property
+    def recheck(self) -> Path:  # a result: what the model file alone scores
+        return self.root / "recheck.json"
+
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.root / "attempts" / str(number))
 

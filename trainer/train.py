@@ -17,7 +17,7 @@ from trainer.distributed import World
 from trainer.errors import CaddieError, ConfigError
 from trainer.gptq import SecondMoments
 from trainer.graphs import Recorded, compilations
-from trainer.model import Model
+from trainer.model import HEAD, Model
 from trainer.optim import Optimizers, WeightAverage, gradients_of
 from trainer.protocol import PHASE, WARNING, EventLog
 from trainer.schedule import elapsed_fraction, is_recurrent, lr_multiplier, muon_momentum
@@ -262,7 +262,8 @@ def train(
 def calibrate(
     model: Model, dataset: Dataset, *, config: Config, seed: int, recurrent: bool, world: World
 ) -> dict[str, Tensor]:
-    """Second moments of the inputs of every quantised matrix, by matrix name, per position, over all processes.
+    """Second moments of the inputs of every quantised matrix and of the output head, by name, per position, over all
+    processes.
 
     Matrices that share an input share one tensor. Reads training data, so its time belongs to the training budget.
     """
@@ -279,4 +280,4 @@ def calibrate(
     positions = config.quant.calibration_steps * config.data.tokens_per_step
     for moment in moments.sums.values():
         world.sum(moment).div_(positions)
-    return {name: moments.sums[shared] for name, _, shared in model.matrices()}
+    return {HEAD: moments.sums[HEAD], **{name: moments.sums[shared] for name, _, shared in model.matrices()}}

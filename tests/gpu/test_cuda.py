@@ -9,13 +9,12 @@ from benchmarks.plain import PlainNetwork
 from tests.trainer.make_data import make_data
 from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
 from tests.trainer.test_gptq import correlated_inputs, weights
-from tests.trainer.tiny import CONFIG, LENGTH, random_model, random_tokens
+from tests.trainer.tiny import CONFIG, LENGTH, random_model, random_tokens, rounded
 from trainer import kernels, protocol
 from trainer.attention import fastest_kernels, rotary_tables
 from trainer.config import Config, EvaluationConfig, QuantConfig, TTTConfig, with_knobs
 from trainer.distributed import World
 from trainer.evaluate import Stream, evaluate, plan_windows
-from trainer.gptq import quantize_matrix
 from trainer.graphs import Recorded
 from trainer.model import Model
 from trainer.muon import newton_schulz
@@ -263,8 +262,8 @@ def test_orthogonalisation_agrees_with_the_cpu_to_bfloat16():
 def test_gptq_agrees_with_the_cpu():
     inputs, weight = correlated_inputs(), weights()
     moments = inputs.T @ inputs / len(inputs)
-    on_cpu, _ = quantize_matrix(weight, moments, QuantConfig())
-    on_gpu, _ = quantize_matrix(weight.cuda(), moments.cuda(), QuantConfig())
+    on_cpu = rounded(weight, moments, config=QuantConfig())
+    on_gpu = rounded(weight.cuda(), moments.cuda(), config=QuantConfig())
     # A sum in another order can tip a value that lies between two integers, and its row after it.
     assert (on_cpu.integers_MN != on_gpu.integers_MN.cpu()).float().mean() < 0.02
 

@@ -109,7 +109,7 @@ def key_of(spec, *, processes=8, packages=PACKAGES, gpus=(H100,)):
         {"model__embedding_std": 0.1},
         {"schedule__steps": 10},
         {"limits__train_seconds": 60.0},
-        {"quant__matrix_bits": 5},
+        {"quant__mlp_bits": 5},
         {"data__order_seed": 3},
     ],
 )

@@ -292,6 +292,13 @@ def test_checks_and_the_fields_of_records_are_taken_on_trust():
     assert packed.splitlines().index("def main():") == PLAIN.splitlines().index("def main():")
 
 
+@pytest.mark.parametrize("values", ["size=5", "name='b'", ""])
+def test_a_record_that_is_built_by_names_has_the_defaults_of_others_that_are_read(values):
+    source = PLAIN.replace('Box(**{"size": 5})', f"Box({values})")
+    assert run(trusting(source)) == run(source) == (9, 4, 5 if "size" in values else 1)
+    assert ("size:0=1" in trusting(source)) == ("size" not in values)
+
+
 def test_a_block_that_only_checks_still_stands():
     source = "def require(x):\n    raise ValueError(x)\n\n\ndef main():\n    x = 2\n    if x:\n        require(x)\n    return x\n"
     assert run(trusting(source, checks=["m.require"], records=[])) == 2
@@ -302,7 +309,8 @@ def test_a_block_that_only_checks_still_stands():
     [
         (TRUSTED, "require_positive is taken on trust, but not called as a statement with plain arguments"),
         (PLAIN.replace("require_positive(size)\n    return", "require_positive(print(size))\n    return"), "plain arguments"),
-        (PLAIN.replace('Box(**{"size": 5})', "Box(size=5)"), "Box is a record taken on trust: build it from one **mapping"),
+        (PLAIN.replace("size: int = 1", "size: int").replace('Box(**{"size": 5})', "Box(name='b')"), "Box is a record taken on trust, and is built without its size"),
+        (PLAIN.replace('Box(**{"size": 5})', "Box(5)"), "Box is a record taken on trust: name what it is built from, or give one **mapping"),
         (PLAIN.replace("class Part", "class Other").replace("(Part)", "(Other)"), "m.Part: nothing in the bundle has this name"),
     ],
 )  # fmt: skip

@@ -7,18 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.artifact import MAGIC, ModelFile, compress, decode, encode, fit, load, prune
-from trainer.config import QuantConfig
+from tests.trainer.tiny import rounded
+from trainer.artifact import MAGIC, ModelFile, compress, decode, encode, load
 from trainer.errors import ProtocolError
-from trainer.gptq import Quantized, quantize_matrix
+from trainer.gptq import Quantized
 
 
 @pytest.fixture(scope="module")
 def file():
     torch.manual_seed(0)
-    matrix, _ = quantize_matrix(torch.randn(48, 32), None, QuantConfig(method="rtn"))
     tensors = {
-        "matrix": matrix,
+        "matrix": rounded(torch.randn(48, 32)),
         "half": torch.randn(5, 3).half(),
         "vector": torch.randn(7),
         "scalar": torch.tensor(0.5),
@@ -105,49 +104,6 @@ def test_any_changed_byte_is_read_or_refused_in_our_own_words(position, value):
         load(bytes(raw), "model")
     except ProtocolError:
         pass
-
-
-def test_pruning_zeroes_the_ones_with_the_smallest_scales_first():
-    tensors = {
-        "a": Quantized(torch.tensor([[1, -1, 2], [1, 0, 3]], dtype=torch.int8), torch.tensor([0.5, 0.1]).half()),
-        "b": Quantized(torch.tensor([[-1, 5]], dtype=torch.int8), torch.tensor([0.2]).half()),
-        "c": torch.ones(2),
-    }
-    pruned = prune(tensors, 2)
-    assert pruned["a"].integers_MN.tolist() == [[1, -1, 2], [0, 0, 3]]
-    assert pruned["b"].integers_MN.tolist() == [[0, 5]]
-    assert tensors["b"].integers_MN.tolist() == [[-1, 5]]
-    assert pruned["c"] is tensors["c"]
-
-
-def big_file():
-    torch.manual_seed(0)
-    return ModelFile({}, {"m": quantize_matrix(torch.randn(200, 200), None, QuantConfig(method="rtn"))[0]})
-
-
-def test_a_file_that_fits_is_left_alone(file):
-    compressed, pruned = fit(file, cap_bytes=10**6, quality=5)
-    assert pruned == 0
-    assert compressed == compress(encode(file), 5)
-
-
-def test_a_file_over_its_cap_is_pruned_until_it_fits():
-    whole, _ = fit(big_file(), cap_bytes=10**6, quality=9)
-    cap = len(whole) - 300
-    compressed, pruned = fit(big_file(), cap_bytes=cap, quality=9)
-    assert len(compressed) <= cap
-    assert 0 < pruned < 6000
-    assert load(compressed, "model").tensors["m"].integers_MN.shape == (200, 200)
-
-
-def test_a_cap_out_of_reach_gives_the_whole_file_back():
-    whole, _ = fit(big_file(), cap_bytes=10**6, quality=5)
-    assert fit(big_file(), cap_bytes=100, quality=5) == (whole, 0)
-
-
-def test_a_file_without_quantised_tensors_cannot_be_pruned():
-    plain = ModelFile({}, {"v": torch.randn(50)})
-    assert fit(plain, cap_bytes=1, quality=5)[1] == 0
 
 
 def test_bytes_are_brotli_of_the_flat_format(file):

@@ -2,8 +2,9 @@
 
 import torch
 
-from trainer.config import Config, ModelConfig, RuntimeConfig, with_knobs
+from trainer.config import Config, ModelConfig, QuantConfig, RuntimeConfig, with_knobs
 from trainer.distributed import World
+from trainer.gptq import Grid, Quantized, quantize_matrices
 from trainer.model import Model
 
 LENGTH = 16
@@ -32,3 +33,12 @@ def random_model(seed: int = 0, **knobs: object) -> Model:
 
 def random_tokens(rows: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
     return torch.randint(CONFIG.model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(
+    weight: torch.Tensor, moments: torch.Tensor | None = None, *, bits: int = 6, config: QuantConfig | None = None
+) -> Quantized:
+    """One matrix, quantised: by GPTQ where its inputs' second moments are given."""
+    own_moments = None if moments is None else moments[None]
+    found, _ = quantize_matrices(weight[None], own_moments, Grid(bits, 0.0), config or QuantConfig(block_columns=16))
+    return found[0]
