@@ -347,6 +347,14 @@ class QuantConfig(Section):
     low_rank: int = _between(4, 1)
     """Rank of the correction."""
 
+    fit: str = _one_of("coarsen", "coarsen", "prune", "fill")
+    """How a file comes under the cap: `coarsen` makes the block matrices' grid coarser by one factor, `prune` only sets
+    single ±1 to zero, `fill` makes the grid coarser or finer so that the file uses the cap.
+    """
+
+    margin_bytes: int = _between(1000, 0)
+    """Bytes that a file whose grid was changed is aimed under the cap."""
+
     calibration_steps: int = _between(8, 1)
     """Training batches that GPTQ's second moments are taken from; the script of #1326 reads 64 a GPU and keeps one GPU's."""
 

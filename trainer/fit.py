@@ -1,16 +1,135 @@
-"""Fitting a model file under the cap."""
+"""Fitting a model file under the cap: a coarser grid, found by entropy without compressing; single ±1 at the last."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from trainer.artifact import ModelFile, Stored, compress, encode
-from trainer.gptq import Quantized
+from trainer.artifact import ModelFile, Stored, compress, encode, estimate
+from trainer.config import QuantConfig
+from trainer.gptq import Quantized, round_to_nearest
+from trainer.model import Model
+from trainer.quantize import Rounded, grid_of, quantize
 
+TRIES = 4  # grids that are packed before single weights have to go
+HALVINGS = 14  # of the interval in which the grid's factor lies
+FINEST, COARSEST = 0.25, 16.0  # factors beyond which a grid is another configuration
+FLATTEST, STEEPEST = 0.3, 2.0  # bytes of the file for each byte of entropy, as far as two packings are believed
 WEIGHTS_A_BYTE = 8  # first guess of the ±1 to prune for each byte over the cap: #1334
 GROWTH = 2.0  # factor by which pruning is stepped up while the file stays over its cap
+SMALLEST_ERROR = 1e-30  # below which rounding left none
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A packed model file and what it took to fit it."""
+
+    packed: bytes
+    without_feedback: list[str]
+    """Matrices in which GPTQ could not feed errors back."""
+
+    factor: float = 1.0
+    """How many times coarser (below 1: finer) the block matrices' grid is than the configuration's."""
+
+    pruned: int = 0
+    """Quantised ±1 set to zero."""
+
+    added_error: float = 0.0
+    """Squared error of the weights that pruning added, as a part of the squared error that rounding left."""
+
+
+def fit(
+    model: Model,
+    moments: Mapping[str, Tensor],
+    meta: dict[str, Any],
+    *,
+    cap_bytes: int,
+    config: QuantConfig,
+    phase: Callable[[str], AbstractContextManager[None]],
+) -> Fitted:
+    """Quantise and pack a trained model so that its file has at most `cap_bytes`; `phase` times the two.
+
+    The grid of the configuration is taken where it fits. Else the block matrices' grid is made coarser by the factor at
+    which the entropy of the rounded weights puts the file `config.margin_bytes` under the cap; each packing corrects
+    that prediction by what it was wrong. What is over the cap then is pruned. A file that does not fit with every ±1
+    gone comes back on the configuration's grid, over the cap: the caller reports it.
+    """
+
+    def packed_file(tensors: Mapping[str, Stored]) -> bytes:
+        return compress(encode(ModelFile(meta, dict(tensors))), config.brotli_quality)
+
+    with phase("quantize"):
+        first = quantize(model, moments, config)
+        bounds = {"prune": (1.0, 1.0), "coarsen": (1.0, COARSEST), "fill": (FINEST, COARSEST)}[config.fit]
+        entropy = Entropy(model, first, config)
+        known, size, slope = entropy.bytes_at(1.0), estimate(ModelFile(meta, first.tensors)), 1.0
+    best, factor = None, 0.0
+    for attempt in range(TRIES):
+        with phase("quantize"):
+            wanted = known + (cap_bytes - config.margin_bytes - size) / slope
+            last, factor = factor, entropy.factor_for(wanted, *bounds)
+            rounded = first if factor == 1 else quantize(model, moments, config, like=first, factor=factor)
+        if factor == last:
+            break
+        with phase("pack"):
+            packed = packed_file(rounded.tensors)
+        before, known = known, entropy.bytes_at(factor)
+        if attempt and known != before:
+            slope = min(max((len(packed) - size) / (known - before), FLATTEST), STEEPEST)
+        size = len(packed)
+        if size > cap_bytes:
+            continue
+        if best is None or factor < best.factor:
+            best = Fitted(packed, first.without_feedback, factor)
+        if factor == bounds[0] or size >= cap_bytes - 2 * config.margin_bytes:
+            break
+    if best:
+        return best
+    with phase("pack"):
+        whole = Fitted(packed, first.without_feedback, factor)
+        return _pruned(model, rounded, packed_file, cap_bytes, whole) or replace(
+            whole, packed=packed_file(first.tensors), factor=1.0
+        )
+
+
+class Entropy:
+    """Shannon's bound on the integers of a model's block matrices, over factors of their grid.
+
+    Rounded to nearest: GPTQ moves single integers to a neighbour, which the bound does not notice.
+    """
+
+    def __init__(self, model: Model, rounded: Rounded, config: QuantConfig) -> None:
+        self.matrices = []
+        for name, linear, _ in model.matrices():
+            quantized = rounded.tensors[f"{name}.weight"]
+            assert isinstance(quantized, Quantized), "a block matrix"
+            self.matrices.append((linear.weight.detach(), quantized, grid_of(name, config).bits))
+
+    def bytes_at(self, factor: float) -> float:
+        """Bytes of the integers on a grid so many times coarser, each matrix's by the frequencies in it."""
+        bits = 0.0
+        for weight, quantized, depth in self.matrices:
+            integers = round_to_nearest(weight, quantized.scaled(factor).scales_M, depth)
+            counts = torch.bincount(integers.flatten().int() + 2**depth)
+            frequencies = counts[counts > 0] / integers.numel()
+            bits -= integers.numel() * float((frequencies * frequencies.log2()).sum())
+        return bits / 8
+
+    def factor_for(self, most: float, finest: float, coarsest: float) -> float:
+        """The finest factor between two bounds at which the integers take at most so many bytes; else the coarsest."""
+        if finest == coarsest or self.bytes_at(finest) <= most:
+            return finest
+        low, high = math.log2(finest), math.log2(coarsest)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.bytes_at(2**middle) <= most else (middle, high)
+        return float(2**high)
 
 
 def prune(tensors: Mapping[str, Stored], count: int) -> dict[str, Stored]:
@@ -30,21 +149,30 @@ def prune(tensors: Mapping[str, Stored], count: int) -> dict[str, Stored]:
     return pruned
 
 
-def fit(file: ModelFile, *, cap_bytes: int, quality: int) -> tuple[bytes, int]:
-    """Compress a model file under a cap; returns the bytes and how many weights had to be pruned for it.
-
-    Starts from a guess by the missing bytes and steps up until the file fits. A file that does not fit with every
-    ±1 gone is returned as it came, over the cap: the caller reports it.
-    """
-    compressed = compress(encode(file), quality)
-    most = sum(int((t.integers_MN.abs() == 1).sum()) for t in file.tensors.values() if isinstance(t, Quantized))
-    count = WEIGHTS_A_BYTE * (len(compressed) - cap_bytes)
-    while most and count > 0:
-        count = min(count, most)
-        smaller = compress(encode(ModelFile(file.meta, prune(file.tensors, count))), quality)
-        if len(smaller) <= cap_bytes:
-            return smaller, count
-        if count == most:
+def _pruned(
+    model: Model, rounded: Rounded, packed_file: Callable[[Mapping[str, Stored]], bytes], cap_bytes: int, whole: Fitted
+) -> Fitted | None:
+    """Prune so many ±1 that the file fits, by a guess from the missing bytes that is stepped up; None if all are too few."""
+    quantized = [t for t in rounded.tensors.values() if isinstance(t, Quantized)]
+    most = sum(int((t.integers_MN.abs() == 1).sum()) for t in quantized)
+    count = float(WEIGHTS_A_BYTE * (len(whole.packed) - cap_bytes))
+    while most:
+        pruned = prune(rounded.tensors, min(int(count), most))
+        packed = packed_file(pruned)
+        if len(packed) <= cap_bytes:
+            added = _squared_error(model, pruned) / max(_squared_error(model, rounded.tensors), SMALLEST_ERROR) - 1
+            return replace(whole, packed=packed, pruned=min(int(count), most), added_error=added)
+        if count >= most:
             break
-        count = int(GROWTH * count)
-    return compressed, 0
+        count *= GROWTH
+    return None
+
+
+def _squared_error(model: Model, tensors: Mapping[str, Stored]) -> float:
+    """Of all quantised weights against the trained ones."""
+    weights = dict(model.named_parameters())
+    return sum(
+        float((weights[name].detach() - t.dequantize()).square().sum())
+        for name, t in tensors.items()
+        if isinstance(t, Quantized) and name in weights
+    )

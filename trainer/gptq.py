@@ -30,6 +30,10 @@ class Quantized:
         """The float32 matrix that a reader of the model file gets, bit for bit."""
         return self.integers_MN.float() * self.scales_M.float()[..., None]
 
+    def scaled(self, factor: float) -> Quantized:
+        """The same integers on a grid that is so many times coarser."""
+        return Quantized(self.integers_MN, (self.scales_M.float() * factor).clamp_min(SMALLEST_SCALE).half())
+
 
 def largest_integer(bits: int) -> int:
     return 2 ** (bits - 1) - 1
@@ -122,23 +126,34 @@ def row_errors(weight: Tensor, quantized: Quantized, moments: Tensor, criterion:
     return (error * error if criterion == "weight" else (error @ moments) * error).sum(-1)
 
 
-def quantize_matrices(
+def candidate_scales(
     weight_PMN: Tensor, moments_PNN: Tensor | None, grid: Grid, config: QuantConfig
+) -> Tensor:
+    """The float16 scales to choose from for each row, one clip candidate after the other: (P, C·M)."""
+    if grid.clip_std:
+        clips_CPM = std_clip(weight_PMN, grid.clip_std, config.clip_importance, moments_PNN)[None]
+    else:
+        clips_CPM = row_quantiles(weight_PMN, config.clip_quantiles)
+    return scales_for(clips_CPM.transpose(0, 1).flatten(1), grid.bits)
+
+
+def quantize_matrices(
+    weight_PMN: Tensor,
+    moments_PNN: Tensor | None,
+    grid: Grid,
+    config: QuantConfig,
+    scales_PM: Tensor | None = None,
 ) -> tuple[list[Quantized], Tensor]:
     """Quantise matrices of one shape; of several clip candidates each row takes the one with the smallest error.
 
     `moments_PNN` are the inputs' second moments (round-to-nearest weighs all columns alike and needs none). All
-    candidates of all rows go through one pass. The second value says of each matrix whether error feedback was used; it
-    is not where the moments stay singular under growing damping.
+    candidates of all rows go through one pass; `scales_PM` leaves nothing to choose. The second value says of each matrix
+    whether error feedback was used; it is not where the moments stay singular under growing damping.
     """
     weight = weight_PMN.float()
     count, rows, columns = weight.shape
-    if grid.clip_std:
-        clips_CPM = std_clip(weight, grid.clip_std, config.clip_importance, moments_PNN)[None]
-    else:
-        clips_CPM = row_quantiles(weight, config.clip_quantiles)
-    scales = scales_for(clips_CPM.transpose(0, 1).flatten(1), grid.bits)
-    stacked = weight.repeat(1, len(clips_CPM), 1)
+    scales = candidate_scales(weight, moments_PNN, grid, config) if scales_PM is None else scales_PM
+    stacked = weight.repeat(1, scales.size(1) // rows, 1)
     integers = round_to_nearest(stacked, scales, grid.bits)
     has_feedback = torch.zeros(count, dtype=torch.bool, device=weight.device)
     moments = torch.eye(columns, device=weight.device) if moments_PNN is None else moments_PNN.float()

@@ -29,7 +29,7 @@ from trainer.fit import fit
 from trainer.graphs import Recorded
 from trainer.model import Model
 from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Spec
-from trainer.quantize import corrected, quantize
+from trainer.quantize import corrected
 from trainer.train import Network, NotFiniteError, calibrate, reserve_seconds, train, warm_up
 from trainer.ttt import ParityError, SGDAdapter, require_parity
 
@@ -244,24 +244,23 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
         run.found["train_seconds"] += run.log.phases["calibrate"]
     if world.is_first:
         bundle_bytes = run.directory.bundle.stat().st_size
-        with run.phase("quantize"):
-            rounded = quantize(model, moments, config.quant)
-        for name in rounded.without_feedback:
+        meta = {"config": run.spec.config, "recurrent": recurrent}
+        fitted = fit(
+            model, moments, meta, cap_bytes=config.limits.artifact_bytes - bundle_bytes, config=config.quant, phase=run.phase
+        )  # fmt: skip
+        for name in fitted.without_feedback:
             run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)
-        with run.phase("pack"):
-            meta = {"config": run.spec.config, "recurrent": recurrent}
-            compressed, pruned = fit(
-                artifact.ModelFile(meta, rounded.tensors), cap_bytes=config.limits.artifact_bytes - bundle_bytes,
-                quality=config.quant.brotli_quality,
+        if fitted.factor != 1 or fitted.pruned:
+            run.log.emit(
+                protocol.WARNING, name="fitted", grid_factor=fitted.factor, pruned=fitted.pruned, added_error=fitted.added_error
             )  # fmt: skip
-            protocol.write_bytes_atomically(run.directory.artifact, compressed)
+        with run.phase("pack"):
+            protocol.write_bytes_atomically(run.directory.artifact, fitted.packed)
             weights = artifact.encode(artifact.ModelFile(meta, dict(model.state_dict())))
             protocol.write_bytes_atomically(run.directory.weights, weights)
-        if pruned:
-            run.log.emit(protocol.WARNING, name="pruned", weights=pruned)
         run.found.update(
-            bundle_bytes=bundle_bytes, model_bytes=len(compressed), artifact_bytes=bundle_bytes + len(compressed),
-            artifact_sha256=hashlib.sha256(compressed).hexdigest(),
+            bundle_bytes=bundle_bytes, model_bytes=len(fitted.packed), artifact_bytes=bundle_bytes + len(fitted.packed),
+            artifact_sha256=hashlib.sha256(fitted.packed).hexdigest(),
         )  # fmt: skip
     world.agree(0.0)  # the others read the file only now
 

@@ -7,6 +7,7 @@
     runs/<run_id>/attempts/N/events.jsonl              trainer, rank 0, append-only
     runs/<run_id>/attempts/N/result.json               trainer (or worker), whole, last
     runs/<run_id>/artifact.bin, checkpoint/            trainer
+    runs/<run_id>/verify.json                          orchestrator, when somebody checks the run, replaced by the next check
 
 A data set is a folder of shards, a tokenizer and `manifest.json`, which says what belongs to it: `DataDir`, `Manifest`.
 """
@@ -128,6 +129,10 @@ class RunDir:
     @property
     def recheck(self) -> Path:  # a result: what the model file alone scores
         return self.root / "recheck.json"
+
+    @property
+    def verify(self) -> Path:  # what a clean-room check of this run found
+        return self.root / "verify.json"
 
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.root / "attempts" / str(number))
@@ -532,13 +537,16 @@ class EventLog:
 
     @contextmanager
     def phase(self, name: str, settle: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Time a phase of the run; `settle` waits for the device, so that its work falls into the phase it belongs to."""
+        """Time a phase of the run, which may come in parts; `settle` waits for the device, so that its work falls into
+        the phase it belongs to.
+        """
         begin = self.seconds()
         self.emit(PHASE, name=name, state="start")
         yield
         settle()
-        self.phases[name] = round(self.seconds() - begin, 4)
-        self.emit(PHASE, name=name, state="end", seconds=self.phases[name])
+        seconds = round(self.seconds() - begin, 4)
+        self.phases[name] = round(self.phases.get(name, 0.0) + seconds, 4)
+        self.emit(PHASE, name=name, state="end", seconds=seconds)
 
     def metrics(self, step: int, train_seconds: float, **values: float) -> None:
         """Append the values measured at one step."""

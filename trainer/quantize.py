@@ -28,13 +28,16 @@ class Rounded:
     without_feedback: list[str]
 
 
-def quantize(model: Model, moments: Mapping[str, Tensor], config: QuantConfig) -> Rounded:
+def quantize(
+    model: Model, moments: Mapping[str, Tensor], config: QuantConfig, *, like: Rounded | None = None, factor: float = 1.0
+) -> Rounded:
     """Every tensor of the model in the form in which it is stored; learned vectors stay in float32.
 
-    `moments` are the second moments of what each matrix reads, by the matrix's name; without them all is rounded to nearest.
+    `moments` are the second moments of what each matrix reads, by the matrix's name; without them all is rounded to
+    nearest. With `like` the block matrices take its scales, times `factor`, and nothing is searched.
     """
     rounded = Rounded({}, [])
-    _round_matrices(model, moments, config, rounded)
+    _round_matrices(model, moments, config, rounded, like, factor)
     group_of = {id(parameter): group for group, members in parameter_groups(model).items() for parameter in members}
     for name, parameter in model.named_parameters():
         tensor, group = parameter.detach(), group_of[id(parameter)]
@@ -58,7 +61,14 @@ def grid_of(name: str, config: QuantConfig) -> Grid:
     )
 
 
-def _round_matrices(model: Model, moments: Mapping[str, Tensor], config: QuantConfig, rounded: Rounded) -> None:
+def _round_matrices(
+    model: Model,
+    moments: Mapping[str, Tensor],
+    config: QuantConfig,
+    rounded: Rounded,
+    like: Rounded | None,
+    factor: float,
+) -> None:
     """Round the block matrices, those of one shape and grid side by side."""
     alike: dict[tuple[torch.Size, Grid], list[tuple[str, Tensor]]] = {}
     for name, linear, _ in model.matrices():
@@ -67,7 +77,11 @@ def _round_matrices(model: Model, moments: Mapping[str, Tensor], config: QuantCo
     for (_, grid), members in alike.items():
         names, weights = zip(*members, strict=True)
         read = torch.stack([moments[name] for name in names]) if config.method == "gptq" and moments else None
-        found, has_feedback = quantize_matrices(torch.stack(weights), read, grid, config)
+        scales = None
+        if like:
+            old = [like.tensors[f"{name}.weight"] for name in names]
+            scales = torch.stack([q.scaled(factor).scales_M for q in old if isinstance(q, Quantized)])
+        found, has_feedback = quantize_matrices(torch.stack(weights), read, grid, config, scales)
         for name, quantized, fed_back in zip(names, found, has_feedback.tolist(), strict=True):
             rounded.tensors[f"{name}.weight"] = quantized
             if read is not None and not fed_back:

@@ -1,8 +1,10 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from tests.trainer.make_data import manifest_in
 from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
 from trainer import artifact, protocol
 from trainer.main import LOG_LINES
-from trainer.protocol import read_lines, sha256_of
+from trainer.protocol import RunDir, read_lines, read_result, sha256_of
+from trainer.quantize import LEFT
 from trainer.ttt import PARITY_TOLERANCE
 
 
@@ -27,7 +30,9 @@ def test_a_run_ends_with_every_score_size_and_time(finished):
     assert result.artifact_bytes == run.bundle.stat().st_size + run.artifact.stat().st_size
     assert result.artifact_sha256 == sha256_of(run.artifact)
     assert result.bundle_sha256 == sha256_of(run.bundle)
-    assert set(result.phases) == {"load", "warm_up", "train", "calibrate", "quantize", "pack", *protocol.STAGES}
+    assert set(result.phases) == {
+        "load", "warm_up", "train", "calibrate", "quantize", "pack", "reload", *protocol.STAGES,
+    }  # fmt: skip
     assert result.train_seconds == pytest.approx(result.phases["train"] + result.phases["calibrate"], abs=0.1)
     assert result.tokens == 12 * 256
 
@@ -117,6 +122,50 @@ def test_the_artifact_gives_back_the_scored_weights(finished):
         assert (tensor - weights.state()[name]).norm() <= 0.2 * weights.state()[name].norm() + 1e-6, name
 
 
+def recheck(directory, data):
+    """Score the model file and the bundle that lie in a directory, with nothing else of the run."""
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "train_gpt.py", ".", "--recheck", str(data)],
+        cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def alone(run, directory):
+    directory.mkdir()
+    for path in (run.bundle, run.artifact):
+        shutil.copy(path, directory)
+    return RunDir(directory)
+
+
+def test_a_model_file_and_its_bundle_alone_give_the_run_s_scores_to_the_bit(finished, tmp_path, prepared):
+    run, attempt = finished
+    lone, data = alone(run, tmp_path / "lone"), tmp_path / "validation"
+    shutil.copytree(prepared, data)
+    for shard in data.glob("*train*"):
+        shard.unlink()  # the training data take no part
+    done = recheck(lone.root, data)
+    assert done.returncode == 0, done.stderr
+    found, result = read_result(lone.recheck), result_of(attempt)
+    assert set(found.scores) == set(result.scores) - {protocol.POST_EMA}
+    for stage, score in found.scores.items():
+        assert replace(score, seconds=0) == replace(result.scores[stage], seconds=0)
+    assert found.parity_nats == result.parity_nats
+    assert found.status == protocol.COMPLETE
+
+
+def test_a_damaged_model_file_ends_a_recheck_in_our_own_words(finished, tmp_path, prepared):
+    lone = alone(finished[0], tmp_path / "lone")
+    content = bytearray(lone.artifact.read_bytes())
+    content[len(content) // 2] ^= 1
+    lone.artifact.write_bytes(content)
+    done = recheck(lone.root, prepared)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: ")
+    assert "artifact.bin" in done.stderr
+    assert not lone.recheck.exists()
+
+
 def test_accumulating_micro_batches_changes_only_rounding(finished, tmp_path, prepared):
     split = execute(plan(tmp_path, prepared, micro_config(data__micro_batch_sequences=3, schedule__steps=3)))
     whole = metrics_of(finished[1], "train_loss")
@@ -184,17 +233,41 @@ def test_both_quantisers_make_a_file_that_scores_close_to_the_average(tmp_path, 
     assert result.scores["roundtrip"].bpb == pytest.approx(result.scores["post_ema"].bpb, rel=0.02)
 
 
-def test_a_cap_that_pruning_reaches_is_kept(finished, tmp_path, prepared):
-    size = result_of(finished[1]).artifact_bytes
-    result = result_of(execute(plan(tmp_path, prepared, micro_config(limits__artifact_bytes=size - 200))))
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"clip": "std", "attention_clip_std": 8.0, "mlp_clip_std": 7.0, "clip_importance": 0.175},
+        {"embedding_method": "gptq", "embedding_bits": 7, "clip": "std", "fit": "fill"},
+        {"mlp_bits": 5, "low_rank_tensors": 2, "low_rank": 3},
+    ],
+)
+def test_every_choice_of_the_quantiser_makes_a_file_that_scores_close_to_the_average(tmp_path, prepared, knobs):
+    config = micro_config(**{f"quant__{name}": value for name, value in knobs.items()}, ttt__method="off")
+    run = plan(tmp_path, prepared, config)
+    result = result_of(execute(run))
     assert result.status == protocol.COMPLETE
-    assert result.artifact_bytes <= size - 200
+    assert result.scores["roundtrip"].bpb == pytest.approx(result.scores["post_ema"].bpb, rel=0.03)
+    corrections = [n for n in artifact.load(run.artifact.read_bytes(), "artifact").tensors if n.endswith(LEFT)]
+    assert len(corrections) == knobs.get("low_rank_tensors", 0)
 
 
-def test_an_artifact_over_the_cap_fails_with_its_scores_beside_it(tmp_path, prepared):
-    result = result_of(execute(plan(tmp_path, prepared, micro_config(limits__artifact_bytes=30_000))))
+def test_a_cap_just_below_the_file_is_kept_by_a_coarser_grid(finished, tmp_path, prepared):
+    cap = result_of(finished[1]).artifact_bytes - 200
+    knobs = {"limits__artifact_bytes": cap, "quant__margin_bytes": 50}
+    attempt = execute(plan(tmp_path, prepared, micro_config(**knobs)))
+    result = result_of(attempt)
+    assert result.status == protocol.COMPLETE
+    assert cap - 600 <= result.artifact_bytes <= cap
+    (fitted,) = [e for _, e in read_lines(attempt.events) if e["kind"] == protocol.WARNING]
+    assert (fitted["name"], fitted["pruned"]) == ("fitted", 0)
+    assert fitted["grid_factor"] > 1
+
+
+def test_an_artifact_over_the_cap_fails_with_its_scores_beside_it(finished, tmp_path, prepared):
+    cap = result_of(finished[1]).bundle_bytes + 500
+    result = result_of(execute(plan(tmp_path, prepared, micro_config(limits__artifact_bytes=cap))))
     assert (result.status, result.failure.kind) == (protocol.FAILED, protocol.OVER_CAP)
-    assert f"the cap is 30000: {result.artifact_bytes - 30_000} too many" in result.failure.message
+    assert f"the cap is {cap}: {result.artifact_bytes - cap} too many" in result.failure.message
     assert list(result.scores) == list(protocol.STAGES)
 
 

@@ -10,7 +10,7 @@ from trainer.config import with_knobs
 from trainer.data import Dataset
 from trainer.distributed import World
 from trainer.errors import ConfigError
-from trainer.model import Model
+from trainer.model import HEAD, Model
 from trainer.protocol import EventLog, read_lines
 from trainer.train import Network, TrainClock, calibrate, reserve_seconds, sequences_per_process, train, warm_up
 
@@ -169,10 +169,11 @@ def test_calibration_gives_every_matrix_the_moments_per_position_of_what_it_read
     torch.manual_seed(0)
     model = Model(config.model, train_length=config.data.sequence_length)
     moments = calibrate(model, dataset, config=config, seed=1, recurrent=False, world=ALONE)
-    assert set(moments) == {name for name, _, _ in model.matrices()}
+    assert set(moments) == {HEAD, *(name for name, _, _ in model.matrices())}
     assert moments["blocks.0.attention.query"] is moments["blocks.0.attention.value"]
     for name, matrix, _ in model.matrices():
         assert moments[name].shape == (matrix.in_features, matrix.in_features)
+    assert moments[HEAD].trace().item() == pytest.approx(config.model.width, rel=1e-4)  # normalised positions
     # What attention reads has unit mean squares, times the layer's scale: the trace is the number of columns.
     trace = moments["blocks.1.attention.query"].trace().item()
     assert trace == pytest.approx(config.model.width * model.blocks[1].input_scale ** 2, rel=1e-4)
