@@ -57,10 +57,9 @@ def _controller(study: Study, home: Home) -> Controller:
     data = preflight.check(study, home)
     resources = study.resources
     slots = machine_slots(slots=resources.slots, gpus_per_run=resources.gpus_per_run)
-    packed, code = bundle.build(), bundle.code_state()
     search = Search(study, home.study(study.name).optuna_journal)
     return Controller(
-        study, home, launcher=LocalLauncher(), search=search, bundle=packed, code=code, data_dir=data.root,
+        study, home, launcher=LocalLauncher(), search=search, pack=bundle.build, code=bundle.code_state(), data_dir=data.root,
         manifest_sha256=data.manifest_sha256, progress=Progress(study, RunStore(home)),
         mirror=BackgroundMirror(home, study.name), slots=slots,
     )  # fmt: skip

@@ -9,22 +9,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import brotli
 
 import trainer
 from orchestrator.errors import CaddieError
+from orchestrator.folding import choices, fold
 from orchestrator.minify import minify
+from trainer.config import Config
 
+ROOT = Path(trainer.__file__).parent
 LARGEST_BYTES = 25_000
-PACKAGE, ENTRY = "trainer", "main"
+PACKAGE, ENTRY, CONFIG = "trainer", "main", "config"
 
 # Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
 MODULES = (
     "protocol", "graphs", "distributed", "data", "errors", "main", "model", "attention", "train", "gptq", "schedule",
-    "muon", "optim", "evaluate", "ttt", "artifact", "fit", "quantize", "kernels", "config",
+    "muon", "optim", "evaluate", "ttt", "coding", "artifact", "fit", "quantize", "kernels", "config",
 )  # fmt: skip
 
 # What a run takes on trust (`minify` says what becomes of it). Each check was made on the same values, by this code from
@@ -41,16 +44,30 @@ RECORDS = (
     "config.Section", "config.Config", "protocol.Spec", "protocol.Manifest", "protocol.Split", "protocol.Shard",
 )  # fmt: skip
 
-FIRST_DIGIT, DIGITS = 32, 95  # the table is a number, written in the printable characters of ASCII
+# Written to a file, or handed to somebody, by the names of their fields.
+SHOWN = ("protocol.Result", "protocol.Failure", "protocol.Score")
+
 QUALITY = 11  # Brotli's highest effort
 WINDOWS = (17, 18, 20, 22)  # Brotli's, as powers of two: sizes are alike, the numbers are not
 
+# The table is a number whose digits are characters of Latin-1: all but NUL, which no source may hold, and CR, which the
+# reader of a source takes for LF.
+DIGITS, CARRIAGE_RETURN = 254, 13
+CODING = "latin-1"
+
 LAUNCHER = """\
-import importlib.abc as a,importlib.util as u,brotli,sys
+#coding:l1
+import brotli
 n=0
-for c in br'''{table}''':n=n*{digits}+c-{first}
+for c in r'''{table}'''.encode("l1"):n=n*{digits}+c-1-(c>{carriage_return})
 t=brotli.decompress(n.to_bytes({size})).decode().split("\\0")
-S=dict(zip(t[::2],t[1::2]))
+exec(t[0])
+"""
+
+# Packed before the modules and their names.
+FINDER = """\
+import importlib.abc as a,importlib.util as u,sys
+S=dict(zip(t[1::2],t[2::2]))
 class F(a.ExecutionLoader):
  def find_spec(s,n,*_):
   if n in S:return u.spec_from_loader(n,s)
@@ -64,24 +81,27 @@ if __name__=="__main__":
 """
 
 
-def module_sources(root: Path) -> dict[str, str]:
-    """The packed source of each module by its dotted name."""
-    readable = {f"{PACKAGE}.{name}": (root / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
-    checks, records = ([f"{PACKAGE}.{name}" for name in names] for names in (CHECKS, RECORDS))
-    return {PACKAGE: "", **minify(readable, entry=ENTRY, checks=checks, records=records)}
+def module_sources(root: Path, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The packed source of each module by its dotted name, with a configuration's choices folded in; empty ones left out."""
+    sources = {f"{PACKAGE}.{name}": (root / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
+    if chosen is not None:
+        sources = fold(sources, chosen, entry=ENTRY, table_in=f"{PACKAGE}.{CONFIG}")
+    checks, records, shown = ([f"{PACKAGE}.{name}" for name in names] for names in (CHECKS, RECORDS, SHOWN))
+    smaller = minify(sources, entry=ENTRY, checks=checks, records=records, shown=shown)
+    return {PACKAGE: "", **{name: source for name, source in smaller.items() if source.strip()}}
 
 
 def as_text(content: bytes) -> str:
     """The number that these bytes are, written in DIGITS."""
-    number, digits = int.from_bytes(content), []
+    number, codes = int.from_bytes(content), []
     while number:
         number, digit = divmod(number, DIGITS)
-        digits.append(chr(FIRST_DIGIT + digit))
-    return "".join(reversed(digits))
+        codes.append(digit + 1 + (digit + 1 >= CARRIAGE_RETURN))
+    return bytes(reversed(codes)).decode(CODING)
 
 
 def is_quotable(text: str) -> bool:
-    """Whether br'''...''' can hold the text."""
+    """Whether r'''...''' can hold the text."""
     return "'''" not in text and not text.endswith(("'", "\\"))
 
 
@@ -95,30 +115,39 @@ def packings(table: str) -> list[bytes]:
 
 
 def launcher(packed: Iterable[bytes]) -> str:
-    """The bundle's text around the first table that can be quoted. Raises CaddieError where none can: one in thirty
+    """The bundle's text around the first table that can be quoted. Raises CaddieError where none can: one in a hundred
     cannot, and there are several.
     """
     for content in packed:
         text = as_text(content)
         if is_quotable(text):
-            return LAUNCHER.format(table=text, digits=DIGITS, first=FIRST_DIGIT, size=len(content))
+            return LAUNCHER.format(table=text, digits=DIGITS, carriage_return=CARRIAGE_RETURN, size=len(content))
     raise CaddieError("no packing of the trainer can be quoted in a Python source", hint="change anything in trainer/")
 
 
-@functools.cache
-def build() -> bytes:
-    """The bundle of the installed trainer; the same sources give the same bytes. Raises CaddieError over the limit."""
-    sources = module_sources(Path(trainer.__file__).parent)
-    table = "\0".join(part for item in sources.items() for part in item)
-    bundle = launcher(packings(table)).encode()
+def build(config: Config | None = None) -> bytes:
+    """The bundle of the installed trainer for runs of a configuration's choices; the same sources and choices give the
+    same bytes. Without a configuration it is for any run, and of any size: it says what the trainer is. Raises
+    CaddieError over the limit.
+    """
+    if config is None:
+        return _build(None)
+    bundle = _build(tuple(choices(config).items()))
     if len(bundle) > LARGEST_BYTES:
         raise CaddieError(f"the bundle has {len(bundle)} bytes, the limit is {LARGEST_BYTES}", hint="shorten trainer/")
     return bundle
 
 
+@functools.cache
+def _build(chosen: tuple[tuple[str, str], ...] | None) -> bytes:
+    sources = module_sources(ROOT, None if chosen is None else dict(chosen))
+    table = "\0".join([FINDER, *(part for item in sources.items() for part in item)])
+    return launcher(packings(table)).encode(CODING)
+
+
 def code_state() -> dict[str, str]:
     """Commit and hash of uncommitted changes of the checkout that the trainer comes from; empty outside a checkout."""
-    root = Path(trainer.__file__).parent.parent
+    root = ROOT.parent
 
     def git(*arguments: str) -> bytes | None:
         try:

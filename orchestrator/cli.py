@@ -158,6 +158,25 @@ def report(arguments: argparse.Namespace, home: Home) -> int:
     return show_report(written, home)
 
 
+def verify(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import verify as verification
+
+    run_dir = verification.find_run(home, arguments.run)
+    found = verification.verify(
+        run_dir, data_dir=home.dataset(arguments.data) if arguments.data else None, gpus=arguments.gpus,
+        timeout_seconds=60 * arguments.timeout_minutes, say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    try:
+        verification.write(run_dir, found)
+    finally:  # a directory that cannot be written costs the record, not the finding
+        if arguments.json:
+            show_json(dataclasses.asdict(found))
+        else:
+            print(verification.as_text(found), flush=True)
+        print("\n".join(verification.failure_lines(found)), end="\n" if found.failed else "", file=sys.stderr)
+    return found.exit_code
+
+
 def ui(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator.ui import serve
 
@@ -410,6 +429,7 @@ def _add_views(top: Adder) -> None:
     parser = top.add("report", report, "record table, page and data of a study", "caddie report wd-qk-ttt-smoke")
     parser.add_argument("study", metavar="STUDY")
     _add_json(parser)
+    _add_verify(top)
     parser = top.add("ui", ui, "MLflow's pages on what has been run", f"caddie ui --port {UI_PORT}")
     parser.add_argument(
         "--host", default=UI_HOST, help="address to listen on (default: %(default)s, this machine only)"
@@ -420,6 +440,26 @@ def _add_views(top: Adder) -> None:
     _add_json(
         top.add("doctor", doctor, "what this machine can do, what is missing, and what mends it", "caddie doctor")
     )
+
+
+def _add_verify(top: Adder) -> None:
+    parser = top.add(
+        "verify", verify, "check a run's files, and score its artifact again in an empty directory without network",
+        "caddie verify 3f2a --data fineweb-sp4096",
+    )  # fmt: skip
+    parser.add_argument("run", metavar="RUN", help="a run's id, the beginning of one, or a run's directory")
+    parser.add_argument("--data", metavar="NAME|DIR", help="another copy of the data set (default: the run's own)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="GPUs to score on; 0 for the CPU (default: as the run had)"
+    )
+    parser.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=60.0,
+        metavar="MINUTES",
+        help="end the evaluation after this (default: %(default)s)",
+    )
+    _add_json(parser)
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

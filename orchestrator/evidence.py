@@ -6,7 +6,7 @@ Each number keeps the path of the file that it was read from, relative to CADDIE
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from orchestrator.ledger import Arm, Ledger, StudyState, Trial
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
 from orchestrator.study import Study, parse_study
+from orchestrator.verify import verdict_on
 from trainer import protocol
-from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, AttemptDir, Result
+from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result, RunDir
 
 PRESET_ARM, BEST_ARM = "preset", "best"
 UNREADABLE = "unreadable"
@@ -43,6 +44,14 @@ class RunEvidence:
     """Path of the deciding result under CADDIE_HOME; empty without one."""
 
     result: Result | None
+    verified: str = ""
+    """Verdict of the clean-room check on this result: passed or failed; empty where none was made."""
+
+    verification: str = ""
+    """Path of that verdict under CADDIE_HOME; empty without one."""
+
+    warned: tuple[str, ...] = ()
+    """What the trainer warned of in the deciding attempt, for an arm's runs; a warning's name and values."""
 
     def bpb(self, stage: str) -> float | None:
         """Bits per byte of one stage of a complete run."""
@@ -215,7 +224,8 @@ class _Reader:
         self.problems: dict[str, None] = {}  # an ordered set: a damaged run may have two owners
 
     def arm(self, arm: Arm) -> ArmEvidence:
-        return ArmEvidence(name=arm.name, trial=arm.trial, params=arm.params, runs=self._runs(arm.name, arm.runs))
+        runs = tuple(replace(run, warned=self._warned(run)) for run in self._runs(arm.name, arm.runs))
+        return ArmEvidence(name=arm.name, trial=arm.trial, params=arm.params, runs=runs)
 
     def trial(self, trial: Trial) -> TrialEvidence:
         return TrialEvidence(trial=trial, runs=self._runs(f"trial {trial.number}", trial.runs))
@@ -234,9 +244,33 @@ class _Reader:
             )
         reason = "" if state == COMPLETE else self._reason(run_id, state, result)
         source = self._source(attempt) if attempt else ""
+        verified = self._verified(self.home.run(run_id), attempt) if attempt else ""
+        verification = _relative(self.home.run(run_id).verify, self.home.root) if verified else ""
         return RunEvidence(
-            owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result
-        )
+            owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result,
+            verified=verified, verification=verification,
+        )  # fmt: skip
+
+    def _warned(self, run: RunEvidence) -> tuple[str, ...]:
+        """The warnings in the deciding attempt's events; those behind a damaged line are not known, and it is a problem."""
+        found: list[str] = []
+        try:
+            attempt = self.store.deciding_attempt(run.run_id)
+            for _, event in self.store.events(attempt) if attempt else ():
+                if event.get("kind") == WARNING:
+                    values = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("kind", "t", "name"))
+                    found.append(f"{event.get('name')} ({values})" if values else str(event.get("name")))
+        except CaddieError as error:
+            self.problems[str(error)] = None
+        return tuple(found)
+
+    def _verified(self, run: RunDir, attempt: AttemptDir) -> str:
+        """The verdict on this attempt's result; a damaged one is a problem, and none."""
+        try:
+            return verdict_on(run, attempt.result)
+        except CaddieError as error:
+            self.problems[str(error)] = None
+            return ""
 
     def _reason(self, run_id: str, state: str, result: Result | None) -> str:
         """Why a run has no score, from its result or from what the controller decided."""

@@ -1,8 +1,8 @@
 """Smaller sources for the bundle: the same statements on the same lines, without what only a reader needs.
 
 Taken out: comments, documenting strings, annotations that nothing looks at (a field's becomes `0`), definitions that
-nothing in the bundle names, imports that are then unused, assertions (as `python -O` does), and white space. Names of our
-own are shortened (`short_names` says which). Statements stay on the lines on which they begin, so a
+nothing in the bundle names, imports that are then unused, assertions (as `python -O` does) and the `strict` of a `zip`,
+which is one, and white space. Names of our own are shortened (`short_names` says which). Statements stay on the lines on which they begin, so a
 traceback of the bundle points into the readable source.
 
 Taken on trust, where the caller says so: what a program is given by one that has already checked it.
@@ -11,6 +11,7 @@ Taken on trust, where the caller says so: what a program is given by one that ha
     records   dataclasses that are read from files which state every field, and the classes made of them in their
               module: the fields go, with `__post_init__` and the defaults, but for those that a call needs; any keyword
               becomes an attribute; methods stay
+    shown     classes of which somebody outside knows the names of attributes, as they are written to files: these stay
 """
 
 from __future__ import annotations
@@ -21,34 +22,37 @@ import itertools
 import re
 import tokenize
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
+from orchestrator.cuts import BODIES, UP_TO_ARROW, Cut, begin_of, cut_out, end_of, first_of
 from orchestrator.errors import CaddieError
+from orchestrator.inference import Program
+from orchestrator.short_attributes import short_attributes
 from orchestrator.short_names import imported, is_looked_at, open_classes, parameters, require_followable, short_names
 
-BODIES = ("body", "orelse", "finalbody")
+LOOKS_AT_FIELDS = {"dataclasses.fields", "get_type_hints", "__annotations__", "__dataclass_fields__"}
+"""What finds the fields of a class it is not said which, whose names it may show."""
+
 RECORD = "def __init__(self,/,**a):self.__dict__.update(a)"
 
 
-@dataclass(frozen=True, order=True)
-class _Cut:
-    """A stretch of the source, in (row, byte column), to be replaced; its line breaks stay."""
-
-    begin: tuple[int, int]
-    end: tuple[int, int]
-    replacement: str = ""
-
-
 def minify(
-    sources: Mapping[str, str], *, entry: str, checks: Collection[str] = (), records: Collection[str] = ()
+    sources: Mapping[str, str],
+    *,
+    entry: str,
+    checks: Collection[str] = (),
+    records: Collection[str] = (),
+    shown: Collection[str] = (),
 ) -> dict[str, str]:
     """Smaller sources of a closed set of modules, by dotted name; `entry` is the one function that is called from outside.
 
-    `checks` and `records` are dotted names of what is taken on trust. Raises CaddieError where that cannot be done.
+    `checks`, `records` and `shown` are dotted names of what is taken on trust. Raises CaddieError where that cannot be done.
     """
     trees = {name: ast.parse(source) for name, source in sources.items()}
+    program = Program({name: ast.parse(source) for name, source in sources.items()})  # with the types, which go below
     require_followable(trees)
     cuts = _take_on_trust(trees, checks, records)
+    for module, tree in trees.items():
+        cuts[module] += _take_out_strictness(tree)
     for _ in range(2):  # what is left out the first time may have been all that looked at types
         for module, tree in trees.items():
             cuts[module] += _take_out_types(tree)
@@ -59,21 +63,26 @@ def minify(
     for module, tree in trees.items():
         _leave_out_imports(tree, _words_in(tree) | {word for origin, word in taken if origin == module})
     short = short_names(trees, sources, entry=entry)
+    unnamed = {name.rpartition(".")[2] for name in (*records, *shown)}
+    attributes = {}
+    if not any(_looks_at_fields(node) for tree in trees.values() for node in ast.walk(tree)):
+        _require_shown(trees, program, unnamed)
+        attributes = short_attributes(program, shown=unnamed, shared=short.shared)
     smaller = {}
     for module, tree in trees.items():
         for node in ast.walk(tree):
             cuts[module] += [*_annotation_cuts(node), *_import_cuts(node, short.shared if _is_of(node, trees) else {})]
-        for (row, column), word, name in short.places[module]:
-            cuts[module].append(_Cut((row, column), (row, column + len(word.encode())), name))
-        smaller[module] = _spaces_out(_cut(sources[module], cuts[module]))
+        for (row, column), word, name in (*short.places[module], *attributes.get(module, [])):
+            cuts[module].append(Cut((row, column), (row, column + len(word.encode())), name))
+        smaller[module] = _spaces_out(cut_out(sources[module], cuts[module]))
     return smaller
 
 
 def _take_on_trust(
     trees: Mapping[str, ast.Module], checks: Collection[str], records: Collection[str]
-) -> dict[str, list[_Cut]]:
+) -> dict[str, list[Cut]]:
     """Take checks and records' fields out of the trees; returns what that cuts out of each module."""
-    cuts: dict[str, list[_Cut]] = {module: [] for module in trees}
+    cuts: dict[str, list[Cut]] = {module: [] for module in trees}
     trusted = {f"{module}.{s.name}" for module, s in _definitions(trees)} & {*checks, *records}
     if unknown := sorted({*checks, *records} - trusted):
         raise CaddieError(f"{', '.join(unknown)}: nothing in the bundle has this name, it cannot be taken on trust")
@@ -116,6 +125,28 @@ def _looked_up(node: ast.AST) -> Iterator[str]:
         yield node.value
 
 
+def _looks_at_fields(node: ast.AST) -> bool:
+    """Whether a node gets at the fields of classes, whichever they are."""
+    if isinstance(node, ast.ImportFrom):
+        names = {a.name for a in node.names}
+        return bool({*names, *(f"{node.module}.{name}" for name in names)} & LOOKS_AT_FIELDS)
+    return isinstance(node, ast.Attribute) and bool({node.attr, ast.unparse(node)} & LOOKS_AT_FIELDS)
+
+
+def _require_shown(trees: Mapping[str, ast.Module], program: Program, shown: Collection[str]) -> None:
+    """Raise CaddieError where fields are written by their names that would be others."""
+    left = {(module, *begin_of(n)) for module, tree in trees.items() for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    for node in program.nodes():
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("asdict", "_asdict"):
+            kinds = {program.type_of(argument) for argument in node.args}
+            place = (program.places[node].module, *begin_of(node))
+            if place in left and not kinds <= set(shown):
+                raise CaddieError(
+                    f"{place[0]}, line {place[1]}: asdict of what is not known to be of a class that is shown",
+                    hint="annotate it, and name its class among those that are shown",
+                )
+
+
 def _definitions(trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
     """Functions and classes of all modules, each with its module's name."""
     for module, tree in trees.items():
@@ -124,7 +155,7 @@ def _definitions(trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, ast.Fun
                 yield module, statement
 
 
-def _check_cuts(owner: ast.AST, names: set[str]) -> Iterator[_Cut]:
+def _check_cuts(owner: ast.AST, names: set[str]) -> Iterator[Cut]:
     """Take the checks, and the statements that only call one, out of a block."""
     for field in BODIES:
         body = getattr(owner, field, None)
@@ -133,7 +164,7 @@ def _check_cuts(owner: ast.AST, names: set[str]) -> Iterator[_Cut]:
         gone = [s for s in body if _is_check(s, names) or (isinstance(owner, ast.Module) and _is_named(s, names))]
         stand_in = "0" if len(gone) == len(body) else ""
         for statement in gone:
-            yield _Cut(_first(statement), _end(statement), stand_in)
+            yield Cut(first_of(statement), end_of(statement), stand_in)
             body.remove(statement)
 
 
@@ -158,12 +189,12 @@ def _is_check(statement: ast.stmt, names: set[str]) -> bool:
     )
 
 
-def _record_cuts(definition: ast.ClassDef, *, is_root: bool, needed: set[str]) -> Iterator[_Cut]:
+def _record_cuts(definition: ast.ClassDef, *, is_root: bool, needed: set[str]) -> Iterator[Cut]:
     """Leave of a record its methods, and the defaults of the `needed` fields; a root's fields give way to a constructor
     that takes any. Raises CaddieError where a needed field has no plain default.
     """
     for decorator in definition.decorator_list:
-        yield _Cut((decorator.lineno, decorator.col_offset - 1), _end(decorator))
+        yield Cut((decorator.lineno, decorator.col_offset - 1), end_of(decorator))
     staying = [field for field in _fields(definition) if ast.unparse(field.target) in needed]
     for field in staying:
         if not isinstance(field.value, ast.Constant | ast.Name):
@@ -173,7 +204,7 @@ def _record_cuts(definition: ast.ClassDef, *, is_root: bool, needed: set[str]) -
     gone = [s for s in definition.body if s in left_out or _is_prose(s) or _is_named(s, {"__post_init__"})]
     stand_in = RECORD if is_root else "0" if len(gone) == len(definition.body) else ""
     for statement in gone:
-        yield _Cut(_begin(statement), _end(statement), stand_in if statement is gone[0] else "")
+        yield Cut(begin_of(statement), end_of(statement), stand_in if statement is gone[0] else "")
     definition.decorator_list = []
     definition.body = [s for s in definition.body if s not in gone]
 
@@ -188,7 +219,7 @@ def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) ->
         word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
         if word in checks:
             raise CaddieError(
-                f"line {_begin(node)[0]}: {word} is taken on trust, but not called as a statement with plain arguments"
+                f"line {begin_of(node)[0]}: {word} is taken on trust, but not called as a statement with plain arguments"
             )
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in records and node.args:
             raise CaddieError(
@@ -196,7 +227,22 @@ def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) ->
             )
 
 
-def _take_out_types(tree: ast.Module) -> Iterator[_Cut]:
+def _take_out_strictness(tree: ast.Module) -> Iterator[Cut]:
+    """Take out of the tree what `zip` asserts of its arguments' lengths."""
+    in_texts = {n for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for n in ast.walk(text)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "zip" or node in in_texts:
+            continue
+        if (
+            node.args
+            and [k.arg for k in node.keywords] == ["strict"]
+            and isinstance(node.keywords[0].value, ast.Constant)
+        ):
+            strict = node.keywords.pop()
+            yield Cut(begin_of(strict), end_of(strict))  # the comma before it means nothing then
+
+
+def _take_out_types(tree: ast.Module) -> Iterator[Cut]:
     """Take the types of parameters and results out of the tree, and write `0` for those of fields, which only say that
     a field is there; unless something looks at them."""
     nodes = list(ast.walk(tree))
@@ -208,11 +254,11 @@ def _take_out_types(tree: ast.Module) -> Iterator[_Cut]:
         if not isinstance(node, ast.FunctionDef) or is_looked_at(node):
             continue
         if node.returns is not None:
-            yield _Cut(_begin(node.returns), _end(node.returns), "\0")  # the arrow before it goes with it
+            yield Cut(begin_of(node.returns), end_of(node.returns), UP_TO_ARROW)  # the arrow before it goes with it
             node.returns = None
         for parameter in parameters(node):
             if parameter.annotation is not None:
-                yield _Cut((parameter.lineno, parameter.col_offset + len(parameter.arg.encode())), _end(parameter))
+                yield Cut((parameter.lineno, parameter.col_offset + len(parameter.arg.encode())), end_of(parameter))
                 parameter.annotation = None
 
 
@@ -330,20 +376,7 @@ def _is_prose(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _begin(node: ast.AST) -> tuple[int, int]:
-    return node.lineno, node.col_offset  # type: ignore[attr-defined]  # statements, expressions and arguments have both
-
-
-def _end(node: ast.AST) -> tuple[int, int]:
-    return node.end_lineno, node.end_col_offset  # type: ignore[attr-defined]  # as above
-
-
-def _first(statement: ast.stmt) -> tuple[int, int]:
-    """Where a statement begins, with its decorators."""
-    return min([_begin(statement), *((d.lineno, d.col_offset - 1) for d in getattr(statement, "decorator_list", []))])
-
-
-def _leave_out(tree: ast.Module, used: set[str]) -> Iterator[_Cut]:
+def _leave_out(tree: ast.Module, used: set[str]) -> Iterator[Cut]:
     """Take prose, assertions and what nothing reaches out of a module's tree."""
     for owner in ast.walk(tree):
         for field in BODIES:
@@ -353,7 +386,7 @@ def _leave_out(tree: ast.Module, used: set[str]) -> Iterator[_Cut]:
                 dropped = [s for s in body if _is_dropped(s, used, in_class=in_class, is_module=owner is tree)]
                 for statement in dropped:
                     keeps_body = len(dropped) == len(body) and statement is body[0] and owner is not tree
-                    yield _Cut(_first(statement), _end(statement), "0" if keeps_body else "")
+                    yield Cut(first_of(statement), end_of(statement), "0" if keeps_body else "")
                 setattr(owner, field, [s for s in body if s not in dropped])
 
 
@@ -366,20 +399,20 @@ def _is_dropped(statement: ast.stmt, used: set[str], *, in_class: bool, is_modul
     return name is not None and "." * in_class + name not in used and not name.startswith("__")
 
 
-def _annotation_cuts(node: ast.AST) -> Iterator[_Cut]:
+def _annotation_cuts(node: ast.AST) -> Iterator[Cut]:
     if isinstance(node, ast.ClassDef):
         for field in node.body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.annotation, ast.Constant):
-                yield _Cut(_begin(field.annotation), _end(field.annotation), "0")
+                yield Cut(begin_of(field.annotation), end_of(field.annotation), "0")
     if isinstance(node, ast.FunctionDef | ast.Module):
         for statement in ast.walk(node) if isinstance(node, ast.FunctionDef) else node.body:
             if isinstance(statement, ast.AnnAssign) and (
                 statement.value is not None or isinstance(node, ast.FunctionDef)
             ):
                 if statement.value is None:
-                    yield _Cut(_begin(statement), _end(statement), "0")
+                    yield Cut(begin_of(statement), end_of(statement), "0")
                 else:
-                    yield _Cut(_end(statement.target), _end(statement.annotation))
+                    yield Cut(end_of(statement.target), end_of(statement.annotation))
 
 
 def _leave_out_imports(tree: ast.Module, needed: set[str]) -> None:
@@ -393,39 +426,12 @@ def _is_of(node: ast.AST, packed: Collection[str]) -> bool:
     return isinstance(node, ast.ImportFrom) and node.module in packed
 
 
-def _import_cuts(node: ast.AST, short: Mapping[str, str]) -> Iterator[_Cut]:
+def _import_cuts(node: ast.AST, short: Mapping[str, str]) -> Iterator[Cut]:
     """The import as it is left, on one line."""
     if isinstance(node, ast.Import | ast.ImportFrom):
         names = ",".join(short.get(a.name, a.name) + (f" as {a.asname}" if a.asname else "") for a in node.names)
         start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
-        yield _Cut(_begin(node), _end(node), start + names if names else "")
-
-
-def _cut(source: str, cuts: list[_Cut]) -> str:
-    """The source with the cuts made; a cut inside another goes with it."""
-    lines = [line.encode() for line in source.splitlines(keepends=True)]
-    for cut in sorted(_outermost(cuts), reverse=True):
-        (first, begin), (last, end) = cut.begin, cut.end
-        head, tail = lines[first - 1][:begin], lines[last - 1][end:]
-        replacement = cut.replacement
-        if replacement == "\0":
-            head, replacement = head[: head.rindex(b"->")], ""
-        lines[first - 1 : last] = [head + replacement.encode(), *([b""] * (last - first))]
-        if first == last:
-            lines[first - 1] += tail
-        else:
-            lines[first - 1] += b"\n"
-            lines[first : last - 1] = [b"\n"] * (last - first - 1)
-            lines[last - 1] = tail
-    return b"".join(lines).decode()
-
-
-def _outermost(cuts: list[_Cut]) -> list[_Cut]:
-    kept: list[_Cut] = []
-    for cut in sorted(set(cuts), key=lambda c: (c.begin, [-n for n in c.end])):
-        if not kept or cut.begin >= kept[-1].end:
-            kept.append(cut)
-    return kept
+        yield Cut(begin_of(node), end_of(node), start + names if names else "")
 
 
 def _spaces_out(source: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from orchestrator.ledger import StudyState, Trial
 from orchestrator.slots import JobResources
+from trainer.config import Config
 from trainer.protocol import AttemptDir, RunDir
+
+Packer = Callable[[Config | None], bytes]
+"""Gives the bundle for runs of a configuration, or for any run; asked for every run, so what it made it keeps."""
 
 
 class Launcher(Protocol):

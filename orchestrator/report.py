@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.charts import charts
+from orchestrator.checks import FAILED
 from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Evidence, RunEvidence, gather, read_curves
 from orchestrator.home import Home, StudyDir
 from orchestrator.page import render_page
@@ -160,6 +161,14 @@ def warnings(evidence: Evidence) -> list[str]:
         over = [run.seed for run in arm.runs if _is_over_cap(run)]
         if over:
             found.append(f"{arm.name}: the artifact is over the cap on seeds {', '.join(map(str, over))}.")
+        found += [
+            f"{arm.name}, seed {run.seed} failed its clean-room check ({run.verification}): caddie verify {run.run_id}"
+            for run in arm.runs
+            if run.verified == FAILED
+        ]
+        found += [
+            f"{arm.name}, seed {run.seed}: the trainer warned of {text}." for run in arm.runs for text in run.warned
+        ]
     return found
 
 
@@ -238,6 +247,8 @@ def _run_record(run: RunEvidence) -> dict[str, Any]:
         "state": run.state,
         "reason": run.reason,
         "source": run.source,
+        "verified": run.verified,
+        "verification": run.verification,
         "steps": result.steps if result else None,
         "bpb": {stage: run.bpb(stage) for stage in protocol.STAGES},
         "ttt_gain": run.ttt_gain,

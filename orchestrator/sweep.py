@@ -22,7 +22,7 @@ from orchestrator.home import Home
 from orchestrator.identity import identity_of, require_same
 from orchestrator.interrupts import Interrupts
 from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
-from orchestrator.ports import Launcher, Mirror, Progress, Search
+from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
 from orchestrator.runs import RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
 from orchestrator.study import Study
@@ -47,7 +47,7 @@ class Controller:
         *,
         launcher: Launcher,
         search: Search,
-        bundle: bytes,
+        pack: Packer,
         code: dict[str, str],
         data_dir: Path,
         manifest_sha256: str,
@@ -59,8 +59,7 @@ class Controller:
         self.study = study
         self.home = home
         self.search = search
-        self.bundle = bundle
-        self.bundle_sha256 = hashlib.sha256(bundle).hexdigest()
+        self.pack = pack
         self.code = code
         self.data_dir = data_dir.resolve()
         self.manifest_sha256 = manifest_sha256
@@ -148,7 +147,8 @@ class Controller:
     def _open(self) -> None:
         """Take up the ledger where it ends."""
         self.ledger.open()
-        identity = identity_of(self.study, manifest_sha256=self.manifest_sha256, bundle_sha256=self.bundle_sha256)
+        for_any_run = hashlib.sha256(self.pack(None)).hexdigest()
+        identity = identity_of(self.study, manifest_sha256=self.manifest_sha256, bundle_sha256=for_any_run)
         require_same(self.study.name, self.state, identity)
         self.files.stop.unlink(missing_ok=True)  # it was meant for an earlier controller
         is_same = (self.state.source, self.state.identity) == (self.study.source, identity)
@@ -210,11 +210,13 @@ class Controller:
 
     def _runs_of(self, params: Mapping[str, Any], seeds: tuple[int, ...]) -> dict[int, str]:
         """Run id by seed."""
-        return {seed: run_id_of(self._request(params, seed, trial=None), self.bundle_sha256) for seed in seeds}
+        bundle_sha256 = hashlib.sha256(self.pack(self.study.config_of(params))).hexdigest()
+        return {seed: run_id_of(self._request(params, seed, trial=None), bundle_sha256) for seed in seeds}
 
     def _plan(self, owner: Trial | Arm, seed: int) -> RunDir:
         trial = owner.number if isinstance(owner, Trial) else owner.trial
-        return self.store.plan(self._request(owner.params, seed, trial=trial), bundle=self.bundle, code=self.code)
+        request = self._request(owner.params, seed, trial=trial)
+        return self.store.plan(request, bundle=self.pack(request.config), code=self.code)
 
     def _refill(self) -> None:
         """Fill the free slots with runs that are wanted; ask for more only when none is."""

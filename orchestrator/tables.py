@@ -36,9 +36,11 @@ class Link:
     """A cell that names a file under CADDIE_HOME."""
 
     path: str
+    text: str = ""
+    """What is shown, where it is not the path."""
 
     def __str__(self) -> str:
-        return self.path or ABSENT
+        return self.text or self.path or ABSENT
 
 
 Cell = str | Link
@@ -100,6 +102,7 @@ def record_frame(arms: Sequence[ArmEvidence]) -> pd.DataFrame:
             **{f"{stage}_bpb": run.bpb(stage) for stage in protocol.STAGES},
             "ttt_gain": run.ttt_gain,
             "artifact_bytes": _artifact_bytes(run),
+            "verified": run.verified,
             "run_id": run.run_id,
             "source": run.source,
         }
@@ -107,17 +110,17 @@ def record_frame(arms: Sequence[ArmEvidence]) -> pd.DataFrame:
         for run in arm.runs
     ]
     columns = ["arm", "seed", "state", "reason", "steps", *(f"{stage}_bpb" for stage in protocol.STAGES)]
-    frame = pd.DataFrame(rows, columns=[*columns, "ttt_gain", "artifact_bytes", "run_id", "source"])
+    frame = pd.DataFrame(rows, columns=[*columns, "ttt_gain", "artifact_bytes", "verified", "run_id", "source"])
     return frame.astype({"seed": "Int64", "steps": "Int64", "artifact_bytes": "Int64"})
 
 
 def record_table(arm: ArmEvidence, *, has_sources: bool = True) -> Table:
     """The record of one arm: a row a seed, mean, standard deviation; a seed without a result keeps its row and reason."""
-    has_notes = bool(arm.missing)
-    columns = (*RECORD_COLUMNS, *(("Note",) if has_notes else ()), *(("Source",) if has_sources else ()))
-    rows = [_record_row(run, has_notes=has_notes, has_sources=has_sources) for run in arm.runs]
+    extra = _extra_columns(arm, has_sources=has_sources)
+    columns = (*RECORD_COLUMNS, *extra)
+    rows = [_record_row(run, extra) for run in arm.runs]
     complete = [run for run in arm.runs if run.result is not None and run.result.status == COMPLETE]
-    padding = ("",) * (len(columns) - len(RECORD_COLUMNS))
+    padding = ("",) * len(extra)
     rows.append((f"mean of {len(complete)}", *_record_numbers(complete, mean), *padding))
     rows.append(("std (n−1)", *_record_numbers(complete, sample_std), *padding))
     return Table(
@@ -129,14 +132,25 @@ def record_table(arm: ArmEvidence, *, has_sources: bool = True) -> Table:
     )
 
 
-def _record_row(run: RunEvidence, *, has_notes: bool, has_sources: bool) -> tuple[Cell, ...]:
+def _extra_columns(arm: ArmEvidence, *, has_sources: bool) -> tuple[str, ...]:
+    """Columns beside the authors', where there is something to put into them."""
+    verified = ("Verified",) if any(run.verified for run in arm.runs) else ()
+    return (*verified, *(("Note",) if arm.missing else ()), *(("Source",) if has_sources else ()))
+
+
+def _record_row(run: RunEvidence, extra: Sequence[str]) -> tuple[Cell, ...]:
     steps = whole(run.result.steps) if run.result else ABSENT
     cells: tuple[Cell, ...] = (
         str(run.seed), steps, bpb(run.bpb(protocol.SLIDING)), bpb(run.bpb(protocol.TTT)), signed(run.ttt_gain),
         whole(_artifact_bytes(run)),
     )  # fmt: skip
     note = "" if run.state == COMPLETE else f"{run.state}: {run.reason}".rstrip(": ")
-    return (*cells, *((note,) if has_notes else ()), *((Link(run.source),) if has_sources else ()))
+    beside: dict[str, Cell] = {
+        "Verified": Link(run.verification, run.verified),
+        "Note": note,
+        "Source": Link(run.source),
+    }
+    return (*cells, *(beside[column] for column in extra))
 
 
 def _record_numbers(runs: Sequence[RunEvidence], reduce: Callable[[Sequence[float]], float | None]) -> tuple[str, ...]:
@@ -321,7 +335,7 @@ def as_markdown(table: Table) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     def cell(value: Cell) -> str:
-        return f"[{value.path}]({LINK_ROOT}{value.path})" if isinstance(value, Link) and value.path else str(value)
+        return f"[{value}]({LINK_ROOT}{value.path})" if isinstance(value, Link) and value.path else str(value)
 
     rule = ["---:" if _is_numeric_column(table, i) else ":---" for i in range(len(table.columns))]
     first_summary = len(table.rows) - table.summary_rows
@@ -357,5 +371,5 @@ def as_html(table: Table) -> str:
 
 def _html_cell(value: Cell) -> str:
     if isinstance(value, Link) and value.path:
-        return f'<a href="{html.escape(LINK_ROOT + value.path)}">{html.escape(value.path)}</a>'
+        return f'<a href="{html.escape(LINK_ROOT + value.path)}">{html.escape(str(value))}</a>'
     return html.escape(str(value))

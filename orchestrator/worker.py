@@ -35,7 +35,7 @@ GRACE_SECONDS = 15.0  # for the step in progress to end after SIGTERM, and for a
 TAIL_BYTES = 65_536  # of the log, searched for the cause of a failure
 SHOWN_LINES = 20  # of the log, put into the result
 
-PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "triton")
+PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "constriction", "triton")
 # Named one by one: an environment holds secrets, and env.json is published with a record.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONHASHSEED", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE",

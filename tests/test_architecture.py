@@ -29,7 +29,7 @@ OWNERS = {
     "scipy": {"orchestrator.statistics"},
     "triton": {"trainer.kernels"},  # there on machines with a GPU only
 }
-TRAINER_LIBRARIES = {"torch", "numpy", "sentencepiece", "brotli"}
+TRAINER_LIBRARIES = {"torch", "numpy", "sentencepiece", "brotli", "constriction"}
 HELP_SECONDS = 0.4
 
 
@@ -144,6 +144,8 @@ def test_files_of_the_contract_are_named_in_one_module() -> None:
         "claim.json",
         "manifest.json",
         "artifact.bin",
+        "recheck.json",
+        "verify.json",
         "documents.txt",
     }
     for module, path in SOURCES.items():

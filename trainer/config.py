@@ -314,8 +314,11 @@ class QuantConfig(Section):
     embedding_bits: int = _between(8, 2, 8)
     """Bits of a table's entry."""
 
-    clip: str = _one_of("quantile", "quantile", "std")
-    """Where rows are clipped: `quantile` tries several quantiles of a row; `std` takes so many of its standard deviations."""
+    grid: str = _one_of("quantile", "quantile", "std", "fisher")
+    """What sets the step of a row: `quantile` tries several of its quantiles as clipping points; `std` clips at so many of
+    its standard deviations; `fisher` gives each row of each matrix and table the step at which all weights add equally to
+    the loss, in 8 bits and without clipping, so that only entropy counts.
+    """
 
     clip_quantiles: tuple[float, ...] = _between((0.9990, 0.9995, 0.9999, 0.99999, 1.0), 0.5, 1)
     """Candidates for a row's clipping point, as quantiles of its absolute weights."""
@@ -341,6 +344,18 @@ class QuantConfig(Section):
     embedding_method: str = _one_of("rtn", "rtn", "gptq")
     """How the token table is rounded: to nearest, or by GPTQ as the output head that it is. #1394."""
 
+    information_sequences: int = _between(256, 1)
+    """Training sequences from whose gradients `fisher` learns how much the loss feels a row, over all GPUs."""
+
+    fisher_nats: float = _between(0.01, above=0)
+    """Loss that rounding under `fisher` may add by the second-order estimate, nats per token, before the file is fitted."""
+
+    half_vectors: bool = False
+    """Store learned vectors in float16; the script of #1326 keeps float32."""
+
+    coder: str = _one_of("entropy", "brotli", "entropy")
+    """How integers are coded: `brotli` as bytes; `entropy` by a range coder that learns the sizes of rows and columns."""
+
     low_rank_tensors: int = _between(0, 0)
     """Matrices, the worst rounded first, that get a low-rank correction of their rounding error; 0 is off. #1797."""
 
@@ -348,7 +363,7 @@ class QuantConfig(Section):
     """Rank of the correction."""
 
     fit: str = _one_of("coarsen", "coarsen", "prune", "fill")
-    """How a file comes under the cap: `coarsen` makes the block matrices' grid coarser by one factor, `prune` only sets
+    """How a file comes under the cap: `coarsen` makes the matrices' grid coarser by one factor, `prune` only sets
     single ±1 to zero, `fill` makes the grid coarser or finer so that the file uses the cap.
     """
 
@@ -511,9 +526,28 @@ def knobs() -> dict[str, Any]:
     }
 
 
+FOLDED = ""
+"""The choices that this code was packed for, without the code of others: one word a knob, in the order of their names,
+`_` where any will do. Filled in when a bundle is packed; the source takes every configuration.
+"""
+
+
+def choice_of(value: Any) -> str:
+    """What a knob's value decides: a word itself, of a number or a switch its sign, of a list whether it holds anything."""
+    number = len(value) if isinstance(value, (list, tuple)) else value
+    return value if isinstance(value, str) else str((number > 0) - (number < 0))
+
+
 def from_mapping(values: Mapping[str, Mapping[str, Any]]) -> Config:
     """The configuration with the given values, and the defaults of those that are not; refuses what does not exist."""
     _require_known(values)
+    found = [(f"{s}.{key}", value) for s, entries in sorted(values.items()) for key, value in sorted(entries.items())]
+    for (knob, value), choice in zip(found, FOLDED.split(), strict=bool(FOLDED)):
+        if choice not in ("_", choice_of(value)):
+            raise ConfigError(
+                f"{knob} is {value!r}; this code was packed for the choice {choice} alone",
+                hint="run it from the bundle that was packed for it, or from the source",
+            )
     sections: dict[str, Any] = {name: SECTIONS[name](**entries) for name, entries in values.items()}
     return Config(**sections)
 

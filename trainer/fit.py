@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.artifact import ModelFile, Stored, compress, encode, estimate
+from trainer import artifact
+from trainer.artifact import ModelFile, Stored
+from trainer.calibration import Calibration
 from trainer.config import QuantConfig
 from trainer.gptq import Quantized, round_to_nearest
 from trainer.model import Model
-from trainer.quantize import Rounded, grid_of, quantize
+from trainer.quantize import FISHER_BITS, Rounded, fisher_steps, grid_of, quantize, unclipped
 
 TRIES = 4  # grids that are packed before single weights have to go
 HALVINGS = 14  # of the interval in which the grid's factor lies
@@ -35,7 +37,7 @@ class Fitted:
     """Matrices in which GPTQ could not feed errors back."""
 
     factor: float = 1.0
-    """How many times coarser (below 1: finer) the block matrices' grid is than the configuration's."""
+    """How many times coarser (below 1: finer) the matrices' grid is than the configuration's."""
 
     pruned: int = 0
     """Quantised ±1 set to zero."""
@@ -46,7 +48,7 @@ class Fitted:
 
 def fit(
     model: Model,
-    moments: Mapping[str, Tensor],
+    found: Calibration,
     meta: dict[str, Any],
     *,
     cap_bytes: int,
@@ -55,31 +57,32 @@ def fit(
 ) -> Fitted:
     """Quantise and pack a trained model so that its file has at most `cap_bytes`; `phase` times the two.
 
-    The grid of the configuration is taken where it fits. Else the block matrices' grid is made coarser by the factor at
+    The grid of the configuration is taken where it fits. Else the matrices' grid is made coarser by the factor at
     which the entropy of the rounded weights puts the file `config.margin_bytes` under the cap; each packing corrects
     that prediction by what it was wrong. What is over the cap then is pruned. A file that does not fit with every ±1
     gone comes back on the configuration's grid, over the cap: the caller reports it.
     """
 
     def packed_file(tensors: Mapping[str, Stored]) -> bytes:
-        return compress(encode(ModelFile(meta, dict(tensors))), config.brotli_quality)
+        return artifact.pack(ModelFile(meta, dict(tensors)), config.coder, config.brotli_quality)
 
     with phase("quantize"):
-        first = quantize(model, moments, config)
+        first = quantize(model, found, config)
+        grids = Grids(model, first, found, config)
         bounds = {"prune": (1.0, 1.0), "coarsen": (1.0, COARSEST), "fill": (FINEST, COARSEST)}[config.fit]
-        entropy = Entropy(model, first, config)
-        known, size, slope = entropy.bytes_at(1.0), estimate(ModelFile(meta, first.tensors)), 1.0
+        known, slope = grids.entropy_bytes(1.0), 1.0
+        size = artifact.estimate(ModelFile(meta, first.tensors), config.coder, config.brotli_quality)
     best, factor = None, 0.0
     for attempt in range(TRIES):
         with phase("quantize"):
             wanted = known + (cap_bytes - config.margin_bytes - size) / slope
-            last, factor = factor, entropy.factor_for(wanted, *bounds)
-            rounded = first if factor == 1 else quantize(model, moments, config, like=first, factor=factor)
+            last, factor = factor, grids.factor_for(wanted, *bounds)
+            rounded = first if factor == 1 else quantize(model, found, config, grids.scales(factor))
         if factor == last:
             break
         with phase("pack"):
             packed = packed_file(rounded.tensors)
-        before, known = known, entropy.bytes_at(factor)
+        before, known = known, grids.entropy_bytes(factor)
         if attempt and known != before:
             slope = min(max((len(packed) - size) / (known - before), FLATTEST), STEEPEST)
         size = len(packed)
@@ -98,24 +101,31 @@ def fit(
         )
 
 
-class Entropy:
-    """Shannon's bound on the integers of a model's block matrices, over factors of their grid.
+class Grids:
+    """A model's grids, finer and coarser than the configuration's by one factor, and Shannon's bound on the integers."""
 
-    Rounded to nearest: GPTQ moves single integers to a neighbour, which the bound does not notice.
-    """
+    def __init__(self, model: Model, first: Rounded, found: Calibration, config: QuantConfig) -> None:
+        self.model, self.first = model, first
+        self.steps = fisher_steps(model, found, config) if config.grid == "fisher" else None
+        self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.matrices = {f"{name}.weight": grid_of(name, config).bits for name, _, _ in model.matrices()}
 
-    def __init__(self, model: Model, rounded: Rounded, config: QuantConfig) -> None:
-        self.matrices = []
-        for name, linear, _ in model.matrices():
-            quantized = rounded.tensors[f"{name}.weight"]
-            assert isinstance(quantized, Quantized), "a block matrix"
-            self.matrices.append((linear.weight.detach(), quantized, grid_of(name, config).bits))
+    def scales(self, factor: float) -> dict[str, Tensor]:
+        """Scales of the rows by the parameter's name: of block matrices the first ones times the factor."""
+        if self.steps:
+            return unclipped(self.model, self.steps, factor)
+        old = {name: self.first.tensors[name] for name in self.matrices}
+        return {name: tensor.scaled(factor).scales_M for name, tensor in old.items() if isinstance(tensor, Quantized)}
 
-    def bytes_at(self, factor: float) -> float:
-        """Bytes of the integers on a grid so many times coarser, each matrix's by the frequencies in it."""
+    def entropy_bytes(self, factor: float) -> float:
+        """Bytes of the integers on a grid so many times coarser, by how often each comes up in its matrix.
+
+        Rounded to nearest: GPTQ moves single integers to a neighbour, which the bound does not notice.
+        """
         bits = 0.0
-        for weight, quantized, depth in self.matrices:
-            integers = round_to_nearest(weight, quantized.scaled(factor).scales_M, depth)
+        for name, scales_M in self.scales(factor).items():
+            depth = self.matrices.get(name, FISHER_BITS)
+            integers = round_to_nearest(self.weights[name], scales_M, depth)
             counts = torch.bincount(integers.flatten().int() + 2**depth)
             frequencies = counts[counts > 0] / integers.numel()
             bits -= integers.numel() * float((frequencies * frequencies.log2()).sum())
@@ -123,12 +133,12 @@ class Entropy:
 
     def factor_for(self, most: float, finest: float, coarsest: float) -> float:
         """The finest factor between two bounds at which the integers take at most so many bytes; else the coarsest."""
-        if finest == coarsest or self.bytes_at(finest) <= most:
+        if finest == coarsest or self.entropy_bytes(finest) <= most:
             return finest
         low, high = math.log2(finest), math.log2(coarsest)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self.bytes_at(2**middle) <= most else (middle, high)
+            low, high = (low, middle) if self.entropy_bytes(2**middle) <= most else (middle, high)
         return float(2**high)
 
 

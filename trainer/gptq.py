@@ -99,6 +99,17 @@ def inverse_factors(moments_PNN: Tensor, damping: float) -> tuple[Tensor, Tensor
     return factors.float(), is_regular
 
 
+def remaining_error(moments_NN: Tensor, damping: float) -> float:
+    """What error feedback leaves of the squared output error of rounding: the moments' geometric mean eigenvalue over the
+    arithmetic one. 1 where the moments are not usable.
+    """
+    moments = moments_NN.double()
+    mean = moments.diagonal().mean()
+    damped = moments + damping * mean * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    return 1.0 if int(failed) else min(1.0, float((2 * lower.diagonal().log().mean()).exp() / mean))
+
+
 def feed_back_errors(
     weight_PMN: Tensor, scales_PM: Tensor, factors_PNN: Tensor, *, bits: int, block_columns: int
 ) -> Tensor:
@@ -126,9 +137,7 @@ def row_errors(weight: Tensor, quantized: Quantized, moments: Tensor, criterion:
     return (error * error if criterion == "weight" else (error @ moments) * error).sum(-1)
 
 
-def candidate_scales(
-    weight_PMN: Tensor, moments_PNN: Tensor | None, grid: Grid, config: QuantConfig
-) -> Tensor:
+def candidate_scales(weight_PMN: Tensor, moments_PNN: Tensor | None, grid: Grid, config: QuantConfig) -> Tensor:
     """The float16 scales to choose from for each row, one clip candidate after the other: (P, C·M)."""
     if grid.clip_std:
         clips_CPM = std_clip(weight_PMN, grid.clip_std, config.clip_importance, moments_PNN)[None]

@@ -20,6 +20,7 @@ import torch
 
 from trainer import artifact, protocol
 from trainer.attention import fastest_kernels
+from trainer.calibration import Calibration, calibrate
 from trainer.config import Config, from_mapping
 from trainer.data import Dataset
 from trainer.distributed import World, start_world
@@ -30,7 +31,7 @@ from trainer.graphs import Recorded
 from trainer.model import Model
 from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Spec
 from trainer.quantize import corrected
-from trainer.train import Network, NotFiniteError, calibrate, reserve_seconds, train, warm_up
+from trainer.train import Network, NotFiniteError, order_seed, reserve_seconds, train, warm_up
 from trainer.ttt import ParityError, SGDAdapter, require_parity
 
 LOG_LINES = 40  # of a traceback, kept in the result
@@ -237,16 +238,17 @@ def build_model(config: Config, world: World) -> Model:
 def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
     """Quantise the averaged weights, compress them under the cap and write `artifact.bin`."""
     config, world = run.config, run.world
-    moments: dict[str, torch.Tensor] = {}
-    if config.quant.method == "gptq":
+    found = Calibration()
+    if config.quant.method == "gptq" or config.quant.grid == "fisher":
         with run.phase("calibrate"):
-            moments = calibrate(model, dataset, config=config, seed=run.spec.seed, recurrent=recurrent, world=world)
+            order = order_seed(config, run.spec.seed)
+            found = calibrate(model, dataset, config=config, order_seed=order, recurrent=recurrent, world=world)
         run.found["train_seconds"] += run.log.phases["calibrate"]
     if world.is_first:
         bundle_bytes = run.directory.bundle.stat().st_size
         meta = {"config": run.spec.config, "recurrent": recurrent}
         fitted = fit(
-            model, moments, meta, cap_bytes=config.limits.artifact_bytes - bundle_bytes, config=config.quant, phase=run.phase
+            model, found, meta, cap_bytes=config.limits.artifact_bytes - bundle_bytes, config=config.quant, phase=run.phase
         )  # fmt: skip
         for name in fitted.without_feedback:
             run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,14 +10,28 @@ import torch
 from torch import Tensor
 
 from trainer.artifact import Stored
+from trainer.calibration import Calibration
 from trainer.config import QuantConfig
-from trainer.gptq import Grid, Quantized, quantize_matrices, round_to_nearest, row_quantiles, scales_for, std_clip
+from trainer.gptq import (
+    SMALLEST_SCALE,
+    Grid,
+    Quantized,
+    largest_integer,
+    quantize_matrices,
+    remaining_error,
+    round_to_nearest,
+    row_quantiles,
+    scales_for,
+    std_clip,
+)
 from trainer.model import HEAD, Model
 from trainer.optim import parameter_groups
 
 # Dimensions: M rows and N columns of a matrix, R rank of a correction.
 
 LEFT, RIGHT = ".left", ".right"  # ends of the names of a correction's factors
+FISHER_BITS = 8  # room in which no step has to clip
+LEAST_FELT = 1e-3  # of a matrix's mean: what a row's gradients show to be less is not believed
 LEFT_BITS, RIGHT_BITS = 2, 4  # of a correction: #1797 has int2 and int4
 
 
@@ -29,45 +44,74 @@ class Rounded:
 
 
 def quantize(
-    model: Model, moments: Mapping[str, Tensor], config: QuantConfig, *, like: Rounded | None = None, factor: float = 1.0
+    model: Model, found: Calibration, config: QuantConfig, scales: Mapping[str, Tensor] | None = None
 ) -> Rounded:
-    """Every tensor of the model in the form in which it is stored; learned vectors stay in float32.
+    """Every tensor of the model in the form in which it is stored.
 
-    `moments` are the second moments of what each matrix reads, by the matrix's name; without them all is rounded to
-    nearest. With `like` the block matrices take its scales, times `factor`, and nothing is searched.
+    Without moments all is rounded to nearest. `scales` are scales of rows by the parameter's name, instead of those that
+    the configuration asks for. Raises KeyError where `fisher` lacks its information.
     """
-    rounded = Rounded({}, [])
-    _round_matrices(model, moments, config, rounded, like, factor)
+    rounded, given = Rounded({}, []), dict(scales or {})
+    if config.grid == "fisher" and not scales:
+        given = unclipped(model, fisher_steps(model, found, config))
+    _round_matrices(model, found.moments, config, rounded, given)
     group_of = {id(parameter): group for group, members in parameter_groups(model).items() for parameter in members}
     for name, parameter in model.named_parameters():
         tensor, group = parameter.detach(), group_of[id(parameter)]
         if name in rounded.tensors:
             continue
-        if group in ("embedding", "head"):
+        if group in ("embedding", "head") or name in given:
             is_head = parameter is (model.embedding if model.head is None else model.head).weight
-            rounded.tensors[name] = _table(tensor, moments.get(HEAD) if is_head else None, config)
+            moments = found.moments.get(HEAD) if is_head and config.embedding_method == "gptq" else None
+            rounded.tensors[name] = _table(tensor, moments, config, given.get(name))
         else:
-            rounded.tensors[name] = tensor if group == "scalar" else tensor.half()
+            is_exact = group == "scalar" and not config.half_vectors
+            rounded.tensors[name] = tensor if is_exact else tensor.half()
     _correct(model, config, rounded)
     return rounded
 
 
+def fisher_steps(model: Model, found: Calibration, config: QuantConfig) -> dict[str, Tensor]:
+    """Steps of the rows (M) of every matrix and table, by the parameter's name, at which each weight adds the same loss.
+
+    A step s adds about ½ F s²/12 a weight, F its Fisher information. Where GPTQ hands errors on, what is left of them is
+    smaller by the geometric mean of the moments' eigenvalues over the arithmetic one. All weights together add
+    `config.fisher_nats`.
+    """
+    weights = {name: p for name, p in model.named_parameters() if name in found.information}
+    size = math.sqrt(24 * config.fisher_nats / sum(weight.numel() for weight in weights.values()))
+    steps = {}
+    for name in weights:
+        information = found.information[name]
+        felt_M = information.clamp_min(LEAST_FELT * float(information.mean()) + SMALLEST_SCALE**2)
+        moments = found.moments.get(name.removesuffix(".weight"))
+        felt_M = felt_M if moments is None else felt_M * remaining_error(moments, config.damping)
+        steps[name] = size / felt_M.sqrt()
+    return steps
+
+
+def unclipped(model: Model, steps: Mapping[str, Tensor], factor: float = 1.0) -> dict[str, Tensor]:
+    """Float16 scales for so many times these steps, but none so small that its row would have to be clipped."""
+    scales = {}
+    for name, weight in model.named_parameters():
+        if name in steps:
+            smallest_M = weight.detach().float().abs().amax(1) / largest_integer(FISHER_BITS)
+            scales[name] = torch.maximum(steps[name] * factor, smallest_M).clamp_min(SMALLEST_SCALE).half()
+    return scales
+
+
 def grid_of(name: str, config: QuantConfig) -> Grid:
     """The grid of a block matrix by the role in its name."""
-    is_mlp, by_std = ".mlp." in name, config.clip == "std"
+    is_mlp, by_std = ".mlp." in name, config.grid == "std"
+    bits = config.mlp_bits if is_mlp else config.attention_bits
     return Grid(
-        config.mlp_bits if is_mlp else config.attention_bits,
+        FISHER_BITS if config.grid == "fisher" else bits,
         by_std * (config.mlp_clip_std if is_mlp else config.attention_clip_std),
     )
 
 
 def _round_matrices(
-    model: Model,
-    moments: Mapping[str, Tensor],
-    config: QuantConfig,
-    rounded: Rounded,
-    like: Rounded | None,
-    factor: float,
+    model: Model, moments: Mapping[str, Tensor], config: QuantConfig, rounded: Rounded, scales: Mapping[str, Tensor]
 ) -> None:
     """Round the block matrices, those of one shape and grid side by side."""
     alike: dict[tuple[torch.Size, Grid], list[tuple[str, Tensor]]] = {}
@@ -77,30 +121,29 @@ def _round_matrices(
     for (_, grid), members in alike.items():
         names, weights = zip(*members, strict=True)
         read = torch.stack([moments[name] for name in names]) if config.method == "gptq" and moments else None
-        scales = None
-        if like:
-            old = [like.tensors[f"{name}.weight"] for name in names]
-            scales = torch.stack([q.scaled(factor).scales_M for q in old if isinstance(q, Quantized)])
-        found, has_feedback = quantize_matrices(torch.stack(weights), read, grid, config, scales)
+        given = torch.stack([scales[f"{name}.weight"] for name in names]) if scales else None
+        found, has_feedback = quantize_matrices(torch.stack(weights), read, grid, config, given)
         for name, quantized, fed_back in zip(names, found, has_feedback.tolist(), strict=True):
             rounded.tensors[f"{name}.weight"] = quantized
             if read is not None and not fed_back:
                 rounded.without_feedback.append(name)
 
 
-def _table(weight_MN: Tensor, moments_NN: Tensor | None, config: QuantConfig) -> Quantized:
-    """A table, each row clipped at the configured quantile or deviation; the output head by GPTQ where that is asked for."""
-    weight, bits = weight_MN.float()[None], config.embedding_bits
-    by_std = config.clip == "std"
-    if config.embedding_method == "gptq" and moments_NN is not None:
+def _table(weight_MN: Tensor, moments_NN: Tensor | None, config: QuantConfig, scales_M: Tensor | None) -> Quantized:
+    """A table, each row clipped at the configured quantile or deviation or on given scales; with moments by GPTQ."""
+    weight, bits = weight_MN.float()[None], FISHER_BITS if scales_M is not None else config.embedding_bits
+    by_std = config.grid == "std"
+    if moments_NN is not None:
         grid = Grid(bits, config.embedding_clip_std * by_std)
-        return quantize_matrices(weight, moments_NN[None], grid, config)[0][0]
-    if by_std:
-        clip_M = std_clip(weight, config.embedding_clip_std, 0.0, None)[0]
-    else:
-        clip_M = row_quantiles(weight, (config.embedding_clip_quantile,))[0, 0]
-    scales = scales_for(clip_M, bits)
-    return Quantized(round_to_nearest(weight[0], scales, bits), scales)
+        given = None if scales_M is None else scales_M[None]
+        return quantize_matrices(weight, moments_NN[None], grid, config, given)[0][0]
+    if scales_M is None:
+        if by_std:
+            clip_M = std_clip(weight, config.embedding_clip_std, 0.0, None)[0]
+        else:
+            clip_M = row_quantiles(weight, (config.embedding_clip_quantile,))[0, 0]
+        scales_M = scales_for(clip_M, bits)
+    return Quantized(round_to_nearest(weight[0], scales_M, bits), scales_M)
 
 
 def _correct(model: Model, config: QuantConfig, rounded: Rounded) -> None:

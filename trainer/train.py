@@ -1,4 +1,4 @@
-"""The training loop: undone warm-up, wall-clock or step schedule, recurrence switched on under way, calibration."""
+"""The training loop: undone warm-up, wall-clock or step schedule, recurrence switched on under way."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.calibration import calibration_seconds
 from trainer.config import Config
 from trainer.data import Dataset, TrainLoader
 from trainer.distributed import World
 from trainer.errors import CaddieError, ConfigError
-from trainer.gptq import SecondMoments
 from trainer.graphs import Recorded, compilations
-from trainer.model import HEAD, Model
+from trainer.model import Model
 from trainer.optim import Optimizers, WeightAverage, gradients_of
 from trainer.protocol import PHASE, WARNING, EventLog
 from trainer.schedule import elapsed_fraction, is_recurrent, lr_multiplier, muon_momentum
@@ -26,8 +26,6 @@ from trainer.schedule import elapsed_fraction, is_recurrent, lr_multiplier, muon
 
 FIRST_STEPS = 10  # always logged: a broken run shows here, before it has cost anything
 STEP_TAIL = 32  # steps whose slowest one must still fit into the budget
-CALIBRATION_MARGIN = 1.2  # over the measured time of one micro-batch: data has to be read, and sums to be exchanged
-CALIBRATION_SEED = 1  # added to the order's seed: calibration reads training data in an order of its own
 
 
 class NotFiniteError(CaddieError):
@@ -154,7 +152,7 @@ def warm_up(model: Model, network: Network, config: Config, world: World) -> flo
     with torch.no_grad():
         for parameter, saved in zip(model.parameters(), before, strict=True):
             parameter.copy_(saved)
-    return _calibration_seconds(model, micro_batch, config, world) if config.quant.method == "gptq" else 0.0
+    return calibration_seconds(model, micro_batch, config, world)
 
 
 def reserve_seconds(config: Config, calibration_seconds: float) -> float:
@@ -167,20 +165,6 @@ def reserve_seconds(config: Config, calibration_seconds: float) -> float:
             hint="lower quant.calibration_steps, or raise limits.train_seconds",
         )
     return reserve
-
-
-def _calibration_seconds(model: Model, batch_BT: Tensor, config: Config, world: World) -> float:
-    """Seconds that calibration will take, from a second micro-batch, the slowest process's."""
-    parts = math.ceil(sequences_per_process(config, world) / len(batch_BT)) * config.quant.calibration_steps
-    seconds = 0.0
-    for _ in range(2):
-        world.synchronize()
-        started = time.perf_counter()
-        with torch.no_grad():
-            model.hidden(batch_BT[:, :-1], config.model.has_recurrence, observe=SecondMoments())
-        world.synchronize()
-        seconds = time.perf_counter() - started
-    return world.largest(seconds) * parts * CALIBRATION_MARGIN
 
 
 def order_seed(config: Config, seed: int) -> int:
@@ -257,27 +241,3 @@ def train(
         steps=step, tokens=step * config.data.tokens_per_step, train_seconds=train_seconds,
         final_train_loss=final_train_loss, is_recurrent=recurrent, was_stopped=was_stopped,
     )  # fmt: skip
-
-
-def calibrate(
-    model: Model, dataset: Dataset, *, config: Config, seed: int, recurrent: bool, world: World
-) -> dict[str, Tensor]:
-    """Second moments of the inputs of every quantised matrix and of the output head, by name, per position, over all
-    processes.
-
-    Matrices that share an input share one tensor. Reads training data, so its time belongs to the training budget.
-    """
-    loader = TrainLoader(
-        dataset, sequence_length=config.data.sequence_length, seed=order_seed(config, seed) + CALIBRATION_SEED
-    )
-    moments = SecondMoments()
-    sequences = sequences_per_process(config, world) * world.size
-    with torch.no_grad():
-        for _ in range(config.quant.calibration_steps):
-            batch = world.moved(loader.next(sequences, world.rank, world.size))
-            for part in batch.split(config.data.micro_batch_sequences):
-                model.hidden(part[:, :-1], recurrent, observe=moments)
-    positions = config.quant.calibration_steps * config.data.tokens_per_step
-    for moment in moments.sums.values():
-        world.sum(moment).div_(positions)
-    return {HEAD: moments.sums[HEAD], **{name: moments.sums[shared] for name, _, shared in model.matrices()}}

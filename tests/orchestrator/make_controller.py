@@ -20,7 +20,7 @@ def controller(study: Study, home: Home, **parts: Any) -> Controller:
     fakes = {
         "launcher": FakeLauncher(),
         "search": FakeSearch(),
-        "bundle": FAKE_BUNDLE,
+        "pack": lambda config: FAKE_BUNDLE,
         "progress": listener,
         "mirror": listener,
     }

@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from orchestrator.evidence import RunEvidence
 from orchestrator.home import Home
 from orchestrator.ledger import (
     ARM_ASKED,
@@ -339,6 +340,12 @@ def make_record(root: Path, seeds: tuple[int, ...] = (42, 314, 999)) -> Home:
         maker.complete(run)
     maker.append(CLOSED, reason="finished")
     return maker.home
+
+
+def put_verdict(home: Home, run: RunEvidence, verdict: str) -> None:
+    """What a clean-room check of the run's present result leaves, as far as others read it."""
+    record = {"verdict": verdict, "result_sha256": protocol.sha256_of(home.root / run.source)}
+    protocol.write_json_atomically(home.run(run.run_id).verify, record)
 
 
 def with_event_line(attempt: AttemptDir, line: bytes) -> None:

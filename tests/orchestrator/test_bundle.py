@@ -1,4 +1,5 @@
 import ast
+import hashlib
 import json
 import os
 import subprocess
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 import trainer
 from orchestrator import bundle
 from orchestrator.errors import CaddieError, ConfigError, ProtocolError
+from orchestrator.folding import choices
 from orchestrator.study import load_preset
 from trainer import protocol
-from trainer.config import Config, ModelConfig, from_mapping, to_mapping
+from trainer.config import Config, from_mapping, to_mapping, with_knobs
 
 ROOT = Path(trainer.__file__).parent
 
@@ -30,14 +32,15 @@ globals().update(runpy.run_path({path!r}, run_name="probe"))
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     path = tmp_path_factory.mktemp("bundle") / "train_gpt.py"
-    path.write_bytes(bundle.build())
+    path.write_bytes(bundle.build(load_preset("smoke")))
     return path
 
 
 def packed_name(module, name):
     """What a function is called in the bundle: it stands on the line of the readable one."""
     readable = (ROOT / f"{module}.py").read_text()
-    trees = ast.parse(readable), ast.parse(bundle.module_sources(ROOT)[f"trainer.{module}"])
+    packed = bundle.module_sources(ROOT, choices(load_preset("smoke")))[f"trainer.{module}"]
+    trees = ast.parse(readable), ast.parse(packed)
     (line,) = (node.lineno for node in trees[0].body if getattr(node, "name", "") == name)
     return next(node.name for node in trees[1].body if node.lineno == line)
 
@@ -48,18 +51,34 @@ def probe(path, body, cwd):
     return subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, cwd=cwd, check=False)
 
 
-def test_the_bundle_is_within_its_limit():
-    assert len(bundle.build()) <= 25_000 == bundle.LARGEST_BYTES
+@pytest.mark.parametrize("preset", ["pr1326", "smoke"])
+def test_the_bundle_is_within_its_limit_and_smaller_than_one_for_any_run(preset):
+    assert bundle.LARGEST_BYTES == 25_000
+    assert len(bundle.build(load_preset(preset))) <= 25_000
+    assert len(bundle.build(load_preset(preset))) < len(bundle.build())
 
 
 def test_a_bundle_over_the_limit_is_refused(monkeypatch):
     monkeypatch.setattr(bundle, "LARGEST_BYTES", 1000)
     with pytest.raises(CaddieError, match=r"the bundle has \d+ bytes, the limit is 1000"):
-        bundle.build.__wrapped__()
+        bundle.build(load_preset("smoke"))
 
 
 def test_the_same_sources_give_the_same_bytes():
-    assert bundle.build.__wrapped__() == bundle.build.__wrapped__()
+    code = (
+        "import hashlib; from orchestrator import bundle; from orchestrator.study import load_preset\n"
+        "print(hashlib.sha256(bundle.build(load_preset('smoke'))).hexdigest())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == hashlib.sha256(bundle.build(load_preset("smoke"))).hexdigest()
+
+
+def test_trials_that_differ_in_numbers_alone_are_packed_once():
+    config = load_preset("smoke")
+    other = with_knobs(config, {"optim.muon_weight_decay": 0.2, "model.qk_gain": 2.0, "ttt.lr": 0.1})
+    assert bundle.build(other) is bundle.build(config)
+    assert bundle.build(with_knobs(config, {"ttt.method": "off"})) != bundle.build(config)
 
 
 def test_every_module_of_a_run_is_packed_and_no_other():
@@ -110,12 +129,27 @@ def test_a_traceback_names_the_line_of_the_readable_source(packed, tmp_path):
 @given(st.binary(max_size=200).map(lambda content: b"\3" + content))
 def test_bytes_come_back_from_their_text(content):
     text = bundle.as_text(content)
-    assert text.isascii() and text.isprintable()
+    assert not {"\0", "\r"} & set(text)
     if bundle.is_quotable(text):
         number = 0
-        for character in eval(f"br'''{text}'''"):  # as the launcher has it
-            number = number * 95 + character - 32
+        source = f"#coding:l1\nfound = r'''{text}'''"
+        for code in executed(source.encode("latin-1"))["found"].encode("l1"):  # as the launcher has it
+            number = number * 254 + code - 1 - (code > 13)
         assert number.to_bytes(len(content)) == content
+
+
+def executed(source):
+    namespace = {}
+    exec(compile(source, "table", "exec"), namespace)  # our own text
+    return namespace
+
+
+def test_every_digit_can_stand_in_a_source(tmp_path):
+    digits = "".join(chr(code) for code in range(1, 256) if code != 13)
+    path = tmp_path / "digits.py"
+    path.write_bytes(f"#coding:l1\nprint(ascii(r'''{digits}'''))".encode("latin-1"))
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ascii(digits)
 
 
 @pytest.mark.parametrize(
@@ -125,19 +159,19 @@ def test_bytes_come_back_from_their_text(content):
 def test_a_table_is_quotable_where_its_quotes_hold_it(text, is_quotable):
     assert bundle.is_quotable(text) == is_quotable
     if is_quotable:
-        assert eval(f"br'''{text}'''").decode() == text
+        assert executed(f"found = r'''{text}'''")["found"] == text
 
 
 def bytes_of(text):
     number = 0
-    for character in text:
-        number = number * 95 + ord(character) - 32
+    for code in text.encode("latin-1"):
+        number = number * 254 + code - 1 - (code > 13)
     return number.to_bytes(number.bit_length() + 7 >> 3)
 
 
 def test_a_table_that_cannot_be_quoted_is_packed_otherwise_or_refused():
     cut_off, open_ended, sound = (bytes_of(text) for text in ("a'''b", "a'", "ab"))
-    assert "br'''ab'''" in bundle.launcher([cut_off, open_ended, sound])
+    assert "r'''ab'''" in bundle.launcher([cut_off, open_ended, sound])
     with pytest.raises(CaddieError, match="no packing of the trainer can be quoted"):
         bundle.launcher([cut_off, open_ended])
 
@@ -147,16 +181,42 @@ def test_the_smallest_packing_is_taken():
     assert sizes == sorted(sizes) and len(sizes) > 4
 
 
-def test_the_launcher_is_text_that_people_can_read():
-    text = bundle.build().decode("ascii")
-    assert text.replace("\n", "").isprintable()
-    assert text.startswith("import ") and text.endswith("sys.exit(main())\n")
+def test_the_launcher_around_the_table_is_text_that_people_can_read():
+    head, _, rest = bundle.build(load_preset("smoke")).decode("latin-1").partition("r'''")
+    tail = rest.rpartition("'''")[2]
+    assert (head + tail).isascii()
+    assert head.startswith("#coding:l1\nimport brotli\n") and tail.endswith("exec(t[0])\n")
+
+
+@pytest.mark.parametrize("change", [{"ttt.method": "off"}, {"model.qk_norm": False}, {"model.qk_gain": 0.0}])
+def test_a_bundle_refuses_a_configuration_of_other_choices(packed, tmp_path, change):
+    ((knob, value),) = change.items()
+    config = to_mapping(with_knobs(load_preset("smoke"), change))
+    spec = protocol.Spec(
+        run_id=tmp_path.name, seed=1, replicate=0, preset="", config=config, data_dir="", manifest_sha256="", bundle_sha256="",
+        code={},
+    )  # fmt: skip
+    protocol.write_spec(protocol.RunDir(tmp_path).spec, spec)
+    done = subprocess.run([sys.executable, packed, tmp_path], capture_output=True, text=True, check=False)
+    choice = {"ttt.method": "sgd"}.get(knob, "1")
+    assert (done.returncode, done.stderr) == (
+        3, f"error: {knob} is {value!r}; this code was packed for the choice {choice} alone\n",
+    )  # fmt: skip
+
+
+def test_code_that_no_choice_needs_is_left_out():
+    config = load_preset("smoke")
+    without = bundle.module_sources(ROOT, choices(with_knobs(config, {"quant.method": "rtn"})))
+    assert "cholesky" in "".join(bundle.module_sources(ROOT, choices(config)).values())
+    assert "cholesky" not in "".join(without.values())
 
 
 @pytest.mark.parametrize("preset", ["pr1326", "smoke"])
-def test_a_run_finds_in_its_spec_the_configuration_that_was_planned(packed, tmp_path, preset):
+def test_a_run_finds_in_its_spec_the_configuration_that_was_planned(tmp_path, preset):
     config = load_preset(preset)
-    derived = sorted(name for name, value in vars(ModelConfig).items() if isinstance(value, property))
+    packed = tmp_path / "train_gpt.py"
+    packed.write_bytes(bundle.build(config))
+    derived = ["head_dim", "hidden"]
     body = (
         f"import json\nfrom trainer.config import {packed_name('config', 'from_mapping')} as from_mapping\n"
         f"config = from_mapping(json.loads({json.dumps(to_mapping(config))!r}))\n"

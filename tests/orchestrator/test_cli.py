@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from make_data import VOCAB_SIZE, make_data, texts, write_jsonl
 from make_study import make_study
+from make_verified import data_of, edit_result, make_run
 
 from orchestrator import cli
 from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError, StorageError
@@ -248,6 +249,51 @@ def test_a_report_on_a_damaged_event_file_is_shown_and_fails_the_command(
         assert "best" in out
         assert f"error: {events}: byte" in err
         assert "hint: what these files hold is missing above; the rest stands" in err
+
+
+def test_a_sound_run_is_verified_on_stdout_and_recorded(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(home)
+    assert caddie(home, "verify", run.run_id[:4]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith(f"{run.run_id}: verified, 27 of 27 checks passed\n")
+    assert err == f"{run.run_id}: scoring artifact.bin alone; it took the run 1 s\n"
+    assert json.loads(run.verify.read_text())["verdict"] == "passed"
+    assert caddie(home, "verify", str(run.root), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "passed"
+
+
+def test_what_a_verification_finds_wrong_is_told_and_decides_the_exit_code(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(home)
+    data_of(run).tokenizer.write_bytes(b"others")
+    assert caddie(home, "verify", run.run_id) == DataError.exit_code
+    assert "error: data.tokenizer: the tokenizer must be the one that the manifest names" in capsys.readouterr().err
+    edit_result(run, artifact_bytes=30)
+    assert caddie(home, "verify", run.run_id, "--json") == ProtocolError.exit_code
+    out, err = capsys.readouterr()
+    assert json.loads(out)["verdict"] == json.loads(run.verify.read_text())["verdict"] == "failed"
+    assert "error: artifact.bytes: " in err and "\nhint: put back" in err
+
+
+def test_a_verification_with_data_or_a_run_that_there_are_not_is_refused(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(home)
+    assert caddie(home, "verify", run.run_id, "--data", str(tmp_path / "nowhere")) == DataError.exit_code
+    assert "found missing" in capsys.readouterr().err
+    assert caddie(home, "verify", "unheard-of") == ConfigError.exit_code
+    assert f"hint: the latest are: {run.run_id}" in capsys.readouterr().err
+
+
+def test_what_was_found_is_shown_also_where_it_cannot_be_recorded(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(home)
+    run.verify.mkdir()
+    (run.verify / "in the way").touch()
+    assert caddie(home, "verify", run.run_id) == StorageError.exit_code
+    assert "27 of 27 checks passed" in capsys.readouterr().out
 
 
 def test_the_doctor_names_what_it_found_and_fails_only_for_what_is_missing(

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from make_study import Maker, make_record, make_study, sampled_params, with_event_line
+from make_study import Maker, make_record, make_study, put_verdict, sampled_params, with_event_line
 
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import UNREADABLE, gather, read_curves, study_names
@@ -119,3 +119,25 @@ def test_an_empty_home_says_that_there_is_no_study_yet(tmp_path: Path):
     with pytest.raises(ConfigError) as error:
         gather(Home(tmp_path), "wd")
     assert error.value.hint == "there are: none yet"
+
+
+def test_a_run_is_verified_while_its_result_is_the_one_that_was_checked(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[0]
+    assert (run.verified, run.verification) == ("", "")
+    put_verdict(home, run, "passed")
+    run = gather(home, NAME).arms[0].runs[0]
+    assert run.verified == "passed"
+    assert (home.root / run.verification) == home.run(run.run_id).verify
+    result = home.root / run.source
+    result.write_text(result.read_text().replace('"steps": 120', '"steps": 121'))
+    assert gather(home, NAME).arms[0].runs[0].verified == ""
+
+
+def test_a_damaged_verification_is_named_and_its_run_keeps_its_scores(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[0]
+    home.run(run.run_id).verify.write_text("{")
+    evidence = gather(home, NAME)
+    assert [str(home.run(run.run_id).verify) in problem for problem in evidence.problems] == [True]
+    assert evidence.arms[0].runs[0].bpb("ttt") == run.bpb("ttt")

@@ -29,7 +29,7 @@ def test_a_changed_question_is_refused(home, change, word):
 def test_other_data_and_another_trainer_are_refused(home):
     controller(tiny_study(), home).run()
     with pytest.raises(ConfigError, match="the data and the trainer changed"):
-        controller(tiny_study(), home, manifest_sha256="other", bundle=FAKE_BUNDLE + b"#").run()
+        controller(tiny_study(), home, manifest_sha256="other", pack=lambda config: FAKE_BUNDLE + b"#").run()
     study = tiny_study()
     objective = dataclasses.replace(study, search=dataclasses.replace(study.search, objective="sliding"))
     with pytest.raises(ConfigError, match="the objective changed"):
@@ -40,7 +40,7 @@ def test_a_record_attempt_is_not_continued_with_another_trainer(home):
     study = record_study("smoke", data="d", seeds=(1, 2), knobs={}, name="mine")
     controller(study, home).run()
     with pytest.raises(ConfigError, match="the trainer changed"):
-        controller(study, home, bundle=FAKE_BUNDLE + b"#").run()
+        controller(study, home, pack=lambda config: FAKE_BUNDLE + b"#").run()
 
 
 def test_the_identity_of_a_study_is_the_same_in_every_process():

@@ -405,3 +405,10 @@ def test_what_only_a_definition_needs_that_is_left_out_goes_with_it():
     )
     assert run(smaller(source)) == 1
     assert "import" not in smaller(source)
+
+
+def test_what_zip_asserts_is_left_out():
+    source = "def main():\n    xs = [1]\n    return [*zip(xs, (xs), strict=True)], f'{[*zip(xs, xs, strict=False)]}'\n"
+    found = smaller(source)
+    assert found.count("strict") == 1 and "[*zip(a,(a))]" in found
+    assert run(found) == run(source)

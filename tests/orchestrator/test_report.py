@@ -4,7 +4,17 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from make_study import SMOKE, Maker, confirm, make_record, make_study, sampled_params, search, with_event_line
+from make_study import (
+    SMOKE,
+    Maker,
+    confirm,
+    make_record,
+    make_study,
+    put_verdict,
+    sampled_params,
+    search,
+    with_event_line,
+)
 
 from orchestrator import ledger
 from orchestrator.evidence import gather
@@ -197,6 +207,42 @@ def test_an_artifact_over_the_cap_is_said_before_the_numbers(tmp_path):
     report = write_report(home, NAME)
     assert "best: the artifact is over the cap on seeds 999." in report.problems
     assert "over the cap" in report.text.read_text()
+
+
+def test_verified_runs_are_marked_in_the_record_and_lead_to_the_check(tmp_path):
+    home = make_study(tmp_path)
+    first, second, _ = gather(home, NAME).arms[0].runs
+    assert "Verified" not in render_text(write_report(home, NAME))
+    put_verdict(home, first, "passed")
+    put_verdict(home, second, "failed")
+    report = write_report(home, NAME)
+    lines = render_text(report).splitlines()
+    start = lines.index("Record: best")
+    assert lines[start + 2].endswith("  Verified")
+    assert [line.split()[-1] for line in lines[start + 4 : start + 7]] == ["passed", "failed", "–"]
+    assert f"[passed](../../../{gather(home, NAME).arms[0].runs[0].verification})" in report.text.read_text()
+    for target in Page(report.page.read_text()).targets:
+        assert target.startswith("#") or (home.study(NAME).report / target).resolve().is_file()
+    assert f"best, seed 314 failed its clean-room check (runs/{second.run_id}/" in " ".join(report.problems)
+    assert [run["verified"] for run in json.loads(report.data.read_text())["arms"][0]["runs"]] == [
+        "passed",
+        "failed",
+        "",
+    ]
+    with report.record_csv.open() as file:
+        assert [row["verified"] for row in csv.DictReader(file) if row["arm"] == "best"] == ["passed", "failed", ""]
+
+
+def test_what_the_trainer_warned_of_stands_before_the_numbers(tmp_path):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).arms[0].runs[1]
+    warning = {"kind": "warning", "t": 9.0, "name": "fitted", "grid_factor": 1.03, "pruned": 0}
+    with_event_line(home.run(run.run_id).attempts()[-1], json.dumps(warning).encode() + b"\n")
+    report = write_report(home, NAME)
+    sentence = "best, seed 314: the trainer warned of fitted (grid_factor 1.03, pruned 0)."
+    assert sentence in report.problems
+    assert f"warning: {sentence}" in render_text(report)
+    assert not report.damage
 
 
 def test_every_started_run_is_listed_with_its_result_file(finished):

@@ -350,7 +350,7 @@ from orchestrator.study import parse_study
 from orchestrator.sweep import Controller
 home, study = Home(Path(sys.argv[1])), parse_study(sys.stdin.read())
 Controller(
-    study, home, launcher=LocalLauncher(), search=Search(study, home.study(study.name).optuna_journal), bundle=FAKE_BUNDLE,
+    study, home, launcher=LocalLauncher(), search=Search(study, home.study(study.name).optuna_journal), pack=lambda config: FAKE_BUNDLE,
     code={}, data_dir=home.root, manifest_sha256=MANIFEST, progress=Listener(), mirror=Listener(), poll_seconds=0.02,
 ).run()
 """

@@ -37,7 +37,7 @@ def plan(home: Path, data: Path, config: Config, *, seed: int = 1, replicate: in
         preset="smoke", config=config, seed=seed, replicate=replicate, data_dir=str(data),
         manifest_sha256=sha256_of(DataDir(data).manifest),
     )  # fmt: skip
-    return RunStore(Home(home)).plan(request, bundle=bundle.build(), code={})
+    return RunStore(Home(home)).plan(request, bundle=bundle.build(config), code={})
 
 
 def execute(run: RunDir, *, processes: int = 1, source: bool = False, python: tuple[str, ...] = ()) -> AttemptDir:

@@ -236,8 +236,8 @@ def test_both_quantisers_make_a_file_that_scores_close_to_the_average(tmp_path, 
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"clip": "std", "attention_clip_std": 8.0, "mlp_clip_std": 7.0, "clip_importance": 0.175},
-        {"embedding_method": "gptq", "embedding_bits": 7, "clip": "std", "fit": "fill"},
+        {"grid": "std", "attention_clip_std": 8.0, "mlp_clip_std": 7.0, "clip_importance": 0.175},
+        {"embedding_method": "gptq", "embedding_bits": 7, "grid": "std", "fit": "fill"},
         {"mlp_bits": 5, "low_rank_tensors": 2, "low_rank": 3},
     ],
 )

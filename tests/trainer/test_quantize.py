@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from tests.trainer.tiny import random_model, random_tokens
+from trainer.calibration import Calibration, feel, hear
 from trainer.config import QuantConfig
-from trainer.gptq import Quantized, SecondMoments
+from trainer.gptq import Quantized, SecondMoments, remaining_error
 from trainer.model import HEAD
-from trainer.quantize import LEFT, RIGHT, corrected, grid_of, quantize
+from trainer.quantize import LEAST_FELT, LEFT, RIGHT, corrected, fisher_steps, grid_of, quantize
+
+NOTHING = Calibration()
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +19,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def moments(model):
-    heard = SecondMoments()
-    with torch.no_grad():
-        model.hidden(random_tokens(64, 16), True, observe=heard)
-    return {HEAD: heard.sums[HEAD], **{name: heard.sums[shared] for name, _, shared in model.matrices()}}
+def found(model):
+    heard, information = SecondMoments(), {}
+    for seed in range(32):
+        part = random_tokens(2, 17, seed)
+        hear(model, part, True, heard)
+        feel(model, part[:1], True, information)
+    moments = {name: heard.sums[shared] for name, _, shared in model.matrices()}
+    return Calibration({HEAD: heard.sums[HEAD], **moments}, {n: s / 512 for n, s in information.items()})
 
 
 def state_of(rounded):
@@ -38,8 +44,8 @@ def matrices(model, role=""):
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_matrices_and_tables_are_stored_as_integers_and_vectors_as_they_are(model, moments, method):
-    rounded = quantize(model, moments, QuantConfig(method=method))
+def test_matrices_and_tables_are_stored_as_integers_and_vectors_as_they_are(model, found, method):
+    rounded = quantize(model, found, QuantConfig(method=method))
     quantized = {name for name, tensor in rounded.tensors.items() if isinstance(tensor, Quantized)}
     assert quantized == {*matrices(model), "embedding.weight", "value_embedding.table.weight"}
     assert set(rounded.tensors) == {name for name, _ in model.named_parameters()}
@@ -50,7 +56,7 @@ def test_matrices_and_tables_are_stored_as_integers_and_vectors_as_they_are(mode
 
 
 def test_bits_go_by_role(model):
-    rounded = quantize(model, {}, QuantConfig(attention_bits=6, mlp_bits=5, embedding_bits=8))
+    rounded = quantize(model, NOTHING, QuantConfig(attention_bits=6, mlp_bits=5, embedding_bits=8))
     for name in matrices(model):
         largest = 15 if ".mlp." in name else 31
         assert int(rounded.tensors[name].integers_MN.abs().max()) == largest
@@ -58,27 +64,27 @@ def test_bits_go_by_role(model):
 
 
 def test_deviations_go_by_role():
-    config = QuantConfig(clip="std", attention_clip_std=13.0, mlp_clip_std=11.5)
+    config = QuantConfig(grid="std", attention_clip_std=13.0, mlp_clip_std=11.5)
     assert grid_of("blocks.0.mlp.up", config).clip_std == 11.5
     assert grid_of("blocks.0.attention.query", config).clip_std == 13.0
-    assert grid_of("blocks.0.mlp.up", dataclasses.replace(config, clip="quantile")).clip_std == 0
+    assert grid_of("blocks.0.mlp.up", dataclasses.replace(config, grid="quantile")).clip_std == 0
 
 
-def test_the_output_head_by_gptq_loses_less_in_the_logits(model, moments):
+def test_the_output_head_by_gptq_loses_less_in_the_logits(model, found):
     config = QuantConfig(embedding_bits=4)
     table = model.embedding.weight.detach()
 
     def logit_error(method):
-        rounded = quantize(model, moments, dataclasses.replace(config, embedding_method=method))
+        rounded = quantize(model, found, dataclasses.replace(config, embedding_method=method))
         difference = rounded.tensors["embedding.weight"].dequantize() - table
-        return float((difference @ moments[HEAD] * difference).sum())
+        return float((difference @ found.moments[HEAD] * difference).sum())
 
     assert logit_error("gptq") < 0.9 * logit_error("rtn")
 
 
 def test_low_rank_factors_correct_the_worst_rounded_matrices(model):
-    plain = quantize(model, {}, QuantConfig(mlp_bits=4))
-    helped = quantize(model, {}, QuantConfig(mlp_bits=4, low_rank_tensors=3, low_rank=4))
+    plain = quantize(model, NOTHING, QuantConfig(mlp_bits=4))
+    helped = quantize(model, NOTHING, QuantConfig(mlp_bits=4, low_rank_tensors=3, low_rank=4))
     names = sorted(n.removesuffix(LEFT) for n in helped.tensors if n.endswith(LEFT))
     assert sorted(n.removesuffix(RIGHT) for n in helped.tensors if n.endswith(RIGHT)) == names
     others = set(matrices(model)) - set(names)
@@ -90,19 +96,88 @@ def test_low_rank_factors_correct_the_worst_rounded_matrices(model):
     assert sorted(sorted(worst, key=worst.get)[-3:]) == names
 
 
-def test_on_the_grid_of_another_rounding_scales_are_its_own_times_a_factor(model, moments):
-    config = QuantConfig()
-    first = quantize(model, moments, config)
-    coarser = quantize(model, moments, config, like=first, factor=1.5)
+def test_given_scales_are_taken_as_they_are(model, found):
+    first = quantize(model, found, QuantConfig())
+    scales = {name: first.tensors[name].scaled(1.5).scales_M for name in matrices(model)}
+    coarser = quantize(model, found, QuantConfig(), scales)
     for name in matrices(model):
-        expected = first.tensors[name].scales_M.float() * 1.5
-        torch.testing.assert_close(coarser.tensors[name].scales_M.float(), expected, rtol=1e-3, atol=1e-7)
+        assert torch.equal(coarser.tensors[name].scales_M, scales[name])
     assert torch.equal(coarser.tensors["embedding.weight"].scales_M, first.tensors["embedding.weight"].scales_M)
     assert error(model, coarser, matrices(model)) > error(model, first, matrices(model))
 
 
-def test_matrices_without_usable_moments_are_named(model, moments):
-    broken = {**moments, "blocks.2.mlp.up": -torch.eye(64)}
+def test_under_fisher_every_row_adds_the_same_to_the_loss(model, found):
+    config = QuantConfig(grid="fisher", method="rtn", fisher_nats=0.01)
+    steps = fisher_steps(model, Calibration({}, found.information), config)
+    assert set(steps) == set(found.information)
+    weights = sum(p.numel() for n, p in model.named_parameters() if n in steps)
+    for name, steps_M in steps.items():
+        felt = found.information[name] * steps_M**2 / 24
+        least = LEAST_FELT * found.information[name].mean()
+        expected = torch.full_like(felt, 0.01 / weights)
+        believed = found.information[name] > least
+        torch.testing.assert_close(felt[believed], expected[believed])
+        assert (felt[~believed] <= expected[~believed]).all()
+
+
+def test_error_feedback_allows_larger_steps(model, found):
+    config = QuantConfig(grid="fisher")
+    plain = fisher_steps(model, Calibration({}, found.information), config)
+    fed_back = fisher_steps(model, found, config)
+    for name in matrices(model):
+        expected = remaining_error(found.moments[name.removesuffix(".weight")], config.damping) ** -0.5
+        torch.testing.assert_close(fed_back[name] / plain[name], torch.full_like(plain[name], expected))
+        assert expected > 1
+
+
+def test_no_step_is_so_small_that_its_row_is_clipped(model, found):
+    rounded = quantize(model, found, QuantConfig(grid="fisher", fisher_nats=1e-15, method="rtn"))
+    parameters = dict(model.named_parameters())
+    for name in found.information:
+        tensor = rounded.tensors[name]
+        assert int(tensor.integers_MN.abs().max()) == 127
+        difference = (tensor.dequantize() - parameters[name].detach()).abs()
+        assert (difference <= 0.57 * tensor.scales_M.float()[:, None]).all()  # half a step, and float16's share of 127
+
+
+def sampled(model, sequences, length):
+    """Text as the model itself would write it."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = random_tokens(sequences, 1)
+    with torch.no_grad():
+        while tokens.size(1) <= length:
+            logits = model.logits(model.hidden(tokens, True)[:, -1])
+            tokens = torch.cat((tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)), 1)
+    return tokens
+
+
+def test_the_loss_that_fisher_says_is_added_is_added(model):
+    """On the model's own text, where the Fisher information is the loss's curvature."""
+    text, information = sampled(model, 256, 16), {}
+    for sequence in text:
+        feel(model, sequence[None], True, information)
+    found = Calibration({}, {name: squares / text[:, 1:].numel() for name, squares in information.items()})
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    rounded = state_of(quantize(model, found, QuantConfig(grid="fisher", method="rtn", fisher_nats=0.02)))
+    mirrored = {name: 2 * weights[name] - rounded[name] for name in weights}  # the mean has no first-order term
+
+    def loss(state):
+        copy = random_model(width=64, rope_dims=4)
+        copy.load_state_dict(state)
+        with torch.no_grad():
+            return copy(text[:, :-1], text[:, 1:], True).item()
+
+    assert (loss(rounded) + loss(mirrored)) / 2 - loss(weights) == pytest.approx(0.02, rel=0.3)
+
+
+def test_vectors_can_be_stored_in_half(model):
+    rounded = quantize(model, NOTHING, QuantConfig(half_vectors=True))
+    plain = [t for t in rounded.tensors.values() if not isinstance(t, Quantized)]
+    assert {t.dtype for t in plain} == {torch.float16}
+
+
+def test_matrices_without_usable_moments_are_named(model, found):
+    broken = Calibration({**found.moments, "blocks.2.mlp.up": -torch.eye(64)})
     rounded = quantize(model, broken, QuantConfig())
     assert rounded.without_feedback == ["blocks.2.mlp.up"]
-    assert quantize(model, {}, QuantConfig()).without_feedback == []
+    assert quantize(model, NOTHING, QuantConfig()).without_feedback == []

@@ -10,9 +10,9 @@ from trainer.config import with_knobs
 from trainer.data import Dataset
 from trainer.distributed import World
 from trainer.errors import ConfigError
-from trainer.model import HEAD, Model
+from trainer.model import Model
 from trainer.protocol import EventLog, read_lines
-from trainer.train import Network, TrainClock, calibrate, reserve_seconds, sequences_per_process, train, warm_up
+from trainer.train import Network, TrainClock, reserve_seconds, sequences_per_process, train, warm_up
 
 MICRO_BATCHES = {
     "data.sequence_length": LENGTH,
@@ -162,21 +162,6 @@ def test_training_does_not_depend_on_how_a_step_is_cut(dataset, tmp_path):
     assert cut.final_train_loss == pytest.approx(
         whole.final_train_loss, rel=1e-3
     )  # bfloat16 in Muon amplifies rounding
-
-
-def test_calibration_gives_every_matrix_the_moments_per_position_of_what_it_reads(dataset):
-    config = micro_config(quant__calibration_steps=2)
-    torch.manual_seed(0)
-    model = Model(config.model, train_length=config.data.sequence_length)
-    moments = calibrate(model, dataset, config=config, seed=1, recurrent=False, world=ALONE)
-    assert set(moments) == {HEAD, *(name for name, _, _ in model.matrices())}
-    assert moments["blocks.0.attention.query"] is moments["blocks.0.attention.value"]
-    for name, matrix, _ in model.matrices():
-        assert moments[name].shape == (matrix.in_features, matrix.in_features)
-    assert moments[HEAD].trace().item() == pytest.approx(config.model.width, rel=1e-4)  # normalised positions
-    # What attention reads has unit mean squares, times the layer's scale: the trace is the number of columns.
-    trace = moments["blocks.1.attention.query"].trace().item()
-    assert trace == pytest.approx(config.model.width * model.blocks[1].input_scale ** 2, rel=1e-4)
 
 
 def test_a_step_that_processes_cannot_share_equally_is_refused():

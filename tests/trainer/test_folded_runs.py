@@ -1,0 +1,38 @@
+"""Bundles of configurations that fold differently, against the readable source."""
+
+import pytest
+
+from orchestrator.bundle import build
+from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
+from trainer.protocol import COMPLETE
+
+PLAIN = {
+    "model__qk_norm": False, "model__qk_gain": 0.0, "model__rope_dims": 0, "model__xsa_layers": 0,
+    "model__value_embedding_dim": 0, "model__ln_scale": False, "model__residual_mix": False, "model__skips": "off",
+    "model__tie_embeddings": False, "model__logit_softcap": 0.0, "model__recurrence_passes": 0,
+    "model__parallel_start_layer": -1, "optim__muon_row_normalize": False, "optim__muon_momentum_ramp_steps": 0,
+    "optim__grad_clip_norm": 0.0, "optim__ema_decay": 0.0, "quant__method": "rtn", "ttt__method": "off",
+    "runtime__device": "cpu", "runtime__precision": "bfloat16",
+}  # fmt: skip
+"""Every technique that can be switched off, is."""
+
+OTHER = {
+    "model__skips": "plain", "model__lane_skips": False, "model__recurrence_layers": (2,), "data__order_seed": 3,
+    "quant__clip_criterion": "output", "quant__act_order": False, "ttt__grad_clip_norm": 0.0, "ttt__frozen_blocks": 1,
+    "runtime__precision": "float32",
+}  # fmt: skip
+"""What the smoke preset does in another way."""
+
+
+@pytest.mark.parametrize("knobs", [PLAIN, OTHER], ids=["plain", "other"])
+def test_a_bundle_of_other_choices_gives_what_the_source_gives(knobs, tmp_path, prepared):
+    config = micro_config(**knobs)
+    assert build(config) != build(micro_config())
+    run = plan(tmp_path, prepared, config)
+    packed, source = (execute(run, source=is_source) for is_source in (False, True))
+    results = [result_of(attempt) for attempt in (packed, source)]
+    assert [result.status for result in results] == [COMPLETE, COMPLETE]
+    assert metrics_of(packed, "train_loss") == metrics_of(source, "train_loss")
+    assert results[0].artifact_sha256 == results[1].artifact_sha256
+    scores = [{stage: (score.nats, score.bytes) for stage, score in result.scores.items()} for result in results]
+    assert scores[0] == scores[1] and len(scores[0]) >= 3
