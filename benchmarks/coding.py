@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from trainer import artifact, coding
-from trainer.artifact import CODERS, ModelFile
+from trainer.artifact import CODERS, ModelFile, entropy_bytes
 from trainer.gptq import Quantized
 from trainer.protocol import RunDir
 
@@ -59,13 +59,6 @@ def groups(file: ModelFile) -> dict[str, list[np.ndarray]]:
         if isinstance(tensor, Quantized):
             found.setdefault(role_of(name), []).append(tensor.integers_MN.cpu().numpy())
     return found
-
-
-def entropy_bytes(integers: np.ndarray) -> float:
-    """Shannon's bound of order 0: how often each integer comes up, given for nothing."""
-    counts = np.bincount(integers.reshape(-1).view(np.uint8))
-    counts = counts[counts > 0]
-    return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
 
 
 def in_bits(matrices: Matrices) -> bytes:
@@ -148,7 +141,7 @@ def report_group(name: str, matrices: Matrices, compared: Sequence[Coder]) -> It
     bound = sum(map(entropy_bytes, matrices))
     rows = sum(entropy_bytes(row) for matrix in matrices for row in matrix)
     together = entropy_bytes(np.concatenate([matrix.reshape(-1) for matrix in matrices]))
-    yield f"\n### {name}\n\n{len(matrices)} tensors, {values:,} values of {bits} bits. "
+    yield f"\n### {name}\n\n{len(matrices)} tensors, {values:,} values of at most {bits} bits. "
     yield (
         f"Order-0 entropy in bytes: the group as one {together:,.0f}, each tensor {bound:,.0f} "
         f"({8 * bound / values:.4f} bits a value), each row {rows:,.0f} (tables not counted).\n"

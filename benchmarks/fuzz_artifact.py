@@ -32,7 +32,25 @@ from trainer.errors import ProtocolError
 from trainer.gptq import Quantized
 
 QUALITY = 4  # of Brotli; the damage is what counts
-SIZES: tuple[object, ...] = (-1, 0, 1, 2, 3, 7, 48, 2**16, 2**31 - 1, 2**31, 2**63, 1.5, True, None, "4", [], {})  # in a header's shapes
+SIZES: tuple[object, ...] = (
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    48,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**63,
+    1.5,
+    True,
+    None,
+    "4",
+    [],
+    {},
+)  # in a header's shapes
 NAMES: tuple[object, ...] = ("matrix", "", "\0", "x" * 3000, 7, None, ["a"])
 CODES: tuple[object, ...] = ("q", "h", "f", "", "qh", "Q", 0, None)
 DEEP = "[" * 100_000  # more than Python's parser nests
@@ -69,7 +87,7 @@ def examples() -> list[bytes]:
         return Quantized(torch.randint(-limit, limit + 1, shape, dtype=torch.int8), torch.rand(shape[0]).half())
 
     mixed: dict[str, artifact.Stored] = {
-        "matrix": quantized(31, 48, 32), "table": quantized(127, 16, 24), "factor": quantized(1, 3, 40),
+        "matrix": quantized(31, 48, 32), "table": quantized(127, 200, 8), "factor": quantized(1, 3, 40),
         "half": torch.randn(5, 3).half(), "vector": torch.randn(7), "scalar": torch.tensor(0.5),
     }  # fmt: skip
     empty: dict[str, artifact.Stored] = {"none": quantized(31, 0, 4), "thin": quantized(31, 4, 0), "v": torch.zeros(0)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator import bundle, datasets, preflight
+from orchestrator import bundle, datasets, preflight, source_run
 from orchestrator.background_mirror import BackgroundMirror
 from orchestrator.datasets import PYDOC
 from orchestrator.errors import StudyFailed
@@ -57,11 +57,12 @@ def _controller(study: Study, home: Home) -> Controller:
     data = preflight.check(study, home)
     resources = study.resources
     slots = machine_slots(slots=resources.slots, gpus_per_run=resources.gpus_per_run)
+    source = source_run.find(home, study.from_run) if study.from_run else None
     search = Search(study, home.study(study.name).optuna_journal)
     return Controller(
         study, home, launcher=LocalLauncher(), search=search, pack=bundle.build, code=bundle.code_state(), data_dir=data.root,
         manifest_sha256=data.manifest_sha256, progress=Progress(study, RunStore(home)),
-        mirror=BackgroundMirror(home, study.name), slots=slots,
+        mirror=BackgroundMirror(home, study.name), slots=slots, source=source,
     )  # fmt: skip
 
 

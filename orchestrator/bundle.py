@@ -26,8 +26,9 @@ PACKAGE, ENTRY, CONFIG = "trainer", "main", "config"
 
 # Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
 MODULES = (
-    "protocol", "graphs", "distributed", "data", "errors", "main", "model", "attention", "train", "gptq", "schedule",
-    "muon", "optim", "evaluate", "ttt", "coding", "artifact", "fit", "quantize", "kernels", "config",
+    "protocol", "graphs", "errors", "data", "main", "model", "train", "distributed", "schedule", "muon", "optim",
+    "gptq", "ttt", "evaluate", "calibration", "lora", "by_document", "coding", "artifact", "fit", "quantize",
+    "attention", "kernels", "config",
 )  # fmt: skip
 
 # What a run takes on trust (`minify` says what becomes of it). Each check was made on the same values, by this code from

@@ -296,7 +296,7 @@ def check_id(spec: Spec, config: Config, run: RunDir) -> Check:
     """The id against the hash of config, seed, replicate, data and bundle."""
     request = RunRequest(
         preset=spec.preset, config=config, seed=spec.seed, replicate=spec.replicate, data_dir=spec.data_dir,
-        manifest_sha256=spec.manifest_sha256,
+        manifest_sha256=spec.manifest_sha256, source=spec.source, source_sha256=spec.source_sha256,
     )  # fmt: skip
     return judged(SPEC_ID, run_id_of(request, spec.bundle_sha256), spec.run_id, run.spec)
 

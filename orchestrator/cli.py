@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orchestrator import __version__, datasets
+from orchestrator import __version__, datasets, hub
 from orchestrator.errors import CaddieError, ConfigError, DataError, ProtocolError
 from orchestrator.home import Home, default_home
 from trainer.config import parse_value
@@ -28,6 +28,7 @@ from trainer.protocol import storage_error
 if TYPE_CHECKING:
     from orchestrator.assembly import Outcome
     from orchestrator.report import Report
+    from orchestrator.study import Study
 
 RECORD_SEEDS = "42,314,999"  # the challenge's usual three
 UI_HOST, UI_PORT = "127.0.0.1", 5000
@@ -51,26 +52,34 @@ def data_prepare(arguments: argparse.Namespace, home: Home) -> int:
     home.require_writable()
     out = home.dataset(arguments.out)
     options = ["--corpus", *arguments.corpus, "--out", str(out), "--vocab-size", str(arguments.vocab_size)]
-    for name in ("tokenizer", "val_documents", "val_frac", "shard_tokens"):
+    for name in ("tokenizer", "val_documents", "val_frac", "shard_tokens", "processes"):
         if getattr(arguments, name) is not None:
             options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    splits = datasets.prepare(options)["splits"]
-    for name, split in splits.items():
-        print(
-            f"{name:5} {split['documents']:>10,} documents {split['tokens']:>15,} tokens {split['text_bytes']:>16,} bytes"
-        )
-    print(out)
-    return 0
+    return show_data(datasets.prepare(options), arguments)
+
+
+def data_fetch(arguments: argparse.Namespace, home: Home) -> int:
+    home.require_writable()
+    request = datasets.Request(
+        variant=arguments.variant, repo=arguments.repo or datasets.known_repository(arguments.variant),
+        train_shards=arguments.train_shards, revision=arguments.revision, prefix=arguments.prefix,
+    )  # fmt: skip
+    out = home.dataset(arguments.out or f"fineweb-{arguments.variant}")
+    return show_data(datasets.fetch(request, out, lambda line: print(line, file=sys.stderr, flush=True)), arguments)
 
 
 def data_verify(arguments: argparse.Namespace, home: Home) -> int:
     root = datasets.find(home, arguments.data).root
-    problems = datasets.verify(root)
+    options = ["--corpus", *arguments.corpus] if arguments.corpus else []
+    options += ["--processes", str(arguments.processes)] if arguments.processes is not None else []
+    found = datasets.verify(root, options)
+    problems = found["problems"]
     if arguments.json:
-        show_json({"data": str(root), "problems": problems})
+        show_json({**found, "data": str(root)})
     else:
         for problem in problems:
             print(f"problem: {problem}", file=sys.stderr)
+        show_splits(found)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         print(f"{root}: {count if problems else 'sound'}")
     return DataError.exit_code if problems else 0
@@ -135,17 +144,46 @@ def study_stop(arguments: argparse.Namespace, home: Home) -> int:
 
 def run(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import assembly
-    from orchestrator.study import record_study
 
-    resources: dict[str, Any] = {"gpus_per_run": arguments.gpus, "timeout_minutes": arguments.timeout_minutes}
-    if arguments.slots is not None:
-        resources["slots"] = arguments.slots
-    study = record_study(
-        named_preset(arguments.preset), data=arguments.data, seeds=parse_seeds(arguments.seeds), knobs=parse_settings(arguments.set),
-        resources=resources, name=arguments.name,
-    )  # fmt: skip
+    study = study_from_run(arguments, home) if arguments.from_run else study_of_preset(arguments)
     warn(study.warnings())
     return show_outcome(assembly.run_study(study, home), home)
+
+
+def study_of_preset(arguments: argparse.Namespace) -> Study:
+    """The record attempt that the arguments ask for. Raises ConfigError."""
+    from orchestrator.study import record_study
+
+    if not arguments.preset:
+        raise ConfigError("a preset or --from RUN must be given", hint=f"{command_name()} run --help")
+    return record_study(
+        named_preset(arguments.preset), data=arguments.data or datasets.PYDOC, seeds=parse_seeds(arguments.seeds or RECORD_SEEDS),
+        knobs=parse_settings(arguments.set), resources=resources_of(arguments), name=arguments.name,
+    )  # fmt: skip
+
+
+def study_from_run(arguments: argparse.Namespace, home: Home) -> Study:
+    """A run's stored model, scored again with other knobs of evaluation. Raises ConfigError, ProtocolError."""
+    from orchestrator import source_run
+    from orchestrator.study import record_study
+
+    if arguments.preset:
+        raise ConfigError(
+            f"a preset and --from exclude one another, got {arguments.preset!r} and --from {arguments.from_run}",
+            hint="leave the preset out: the run has its own",
+        )
+    source = source_run.find(home, arguments.from_run)
+    return record_study(
+        source.spec.preset, data=arguments.data or source.spec.data_dir,
+        seeds=parse_seeds(arguments.seeds) if arguments.seeds else (source.spec.seed,),
+        knobs={**source_run.knobs_set(source), **parse_settings(arguments.set)}, resources=resources_of(arguments),
+        name=arguments.name, from_run=source.spec.run_id,
+    )  # fmt: skip
+
+
+def resources_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    resources: dict[str, Any] = {"gpus_per_run": arguments.gpus, "timeout_minutes": arguments.timeout_minutes}
+    return resources if arguments.slots is None else {**resources, "slots": arguments.slots}
 
 
 def report(arguments: argparse.Namespace, home: Home) -> int:
@@ -247,6 +285,28 @@ def show_json(content: object) -> None:
     print(json.dumps(content, indent=1))
 
 
+def show_data(outcome: dict[str, Any], arguments: argparse.Namespace) -> int:
+    """A data set that was made, and where it is."""
+    if arguments.json:
+        show_json(outcome)
+    else:
+        show_splits(outcome)
+        print(outcome["data"])
+    return 0
+
+
+def show_splits(outcome: dict[str, Any]) -> None:
+    """What each split comes to: bytes as the documents were given, where they are known, and as scores count them."""
+    for name, split in outcome["splits"].items():
+        raw = "" if split["raw_bytes"] is None else f"{split['raw_bytes']:>16,} raw bytes"
+        print(
+            f"{name:5} {split['documents']:>10,} documents {split['tokens']:>15,} tokens"
+            f"{raw}{split['counted_bytes']:>16,} counted bytes"
+        )
+    for note in outcome.get("notes", []):
+        print(f"note: {note}", file=sys.stderr)
+
+
 def show_outcome(outcome: Outcome, home: Home) -> int:
     if outcome.mirror_problem:
         warn([f"MLflow does not show all of it: {outcome.mirror_problem}; `caddie track` tries again"])
@@ -337,13 +397,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_data(top: Adder) -> None:
-    commands = Adder(top.add("data", None, "prepare and verify data sets", "caddie data verify pydoc"))
+    commands = Adder(top.add("data", None, "fetch, prepare and verify data sets", "caddie data fetch sp4096"))
     prepare = commands.add(
         "prepare", data_prepare, "text to tokenizer, shards and manifest",
         "caddie data prepare --corpus train.jsonl.xz --out books --vocab-size 4096",
     )  # fmt: skip
     prepare.add_argument("--corpus", nargs="+", default=[datasets.PYDOC], metavar="pydoc|FILE",
-                         help="the documentation that Python carries (default), or JSON lines with a text, or plain text; also .xz, .gz")  # fmt: skip
+                         help="the documentation that Python carries (default), or JSON lines with a text, or plain text; also .xz, .gz, .zst")  # fmt: skip
     prepare.add_argument(
         "--out",
         default=datasets.PYDOC,
@@ -362,14 +422,39 @@ def _add_data(top: Adder) -> None:
     share.add_argument("--val-documents", type=int, metavar="N", help="number of documents kept for validation")
     share.add_argument("--val-frac", type=float, metavar="F", help="share of the documents kept for validation")
     prepare.add_argument("--shard-tokens", type=int, metavar="N", help="most tokens of a shard")
+    _add_processes(prepare)
+    _add_json(prepare)
+    _add_fetch(commands)
     verify = commands.add(
-        "verify",
-        data_verify,
-        "read a data set again, whole: checksums, counts, disjointness",
-        "caddie data verify pydoc",
-    )
+        "verify", data_verify, "read a data set again, whole: checksums, counts, bytes, disjointness",
+        "caddie data verify books --corpus train.jsonl.xz",
+    )  # fmt: skip
     verify.add_argument("data", metavar="NAME|DIR")
+    verify.add_argument(
+        "--corpus", nargs="+", metavar="pydoc|FILE",
+        help="what it was prepared from: count the documents' own bytes again, without tokens",
+    )  # fmt: skip
+    _add_processes(verify)
     _add_json(verify)
+
+
+def _add_fetch(commands: Adder) -> None:
+    fetch = commands.add(
+        "fetch", data_fetch, "a published export from the Hugging Face hub; goes on where it ended",
+        "caddie data fetch sp4096 --train-shards 80",
+    )  # fmt: skip
+    fetch.add_argument("variant", metavar="VARIANT", help="as the export's folder ends: sp1024, sp4096, sp8192, ...")
+    fetch.add_argument(
+        "--train-shards", type=int, default=hub.TRAIN_SHARDS, metavar="N",
+        help="first N training shards (default: %(default)s); validation always comes whole",
+    )  # fmt: skip
+    fetch.add_argument("--repo", metavar="OWNER/NAME", help="the hub's data set (default: the one that records use)")
+    fetch.add_argument("--revision", metavar="COMMIT", help="branch, tag or commit (default: the newest)")
+    fetch.add_argument("--prefix", metavar="DIR", help="the export's folder, where the repository has several")
+    fetch.add_argument(
+        "--out", metavar="NAME|DIR", help="name under CADDIE_HOME/data, or a folder (default: fineweb-VARIANT)"
+    )
+    _add_json(fetch)
 
 
 def _add_study(top: Adder) -> None:
@@ -407,12 +492,22 @@ def _add_run(top: Adder) -> None:
         "run", run, "a record attempt: one configuration on several seeds",
         f"caddie run pr1326 --seeds {RECORD_SEEDS} --set optim.muon_weight_decay=0.08 --data fineweb-sp4096 --gpus 8",
     )  # fmt: skip
-    parser.add_argument("preset", metavar="PRESET", help="a shipped preset, or a TOML file")
-    parser.add_argument("--seeds", default=RECORD_SEEDS, metavar="N,N,N", help="default: %(default)s")
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="a shipped preset, or a TOML file")
+    parser.add_argument(
+        "--from", dest="from_run", metavar="RUN",
+        help="train nothing: score this run's stored model again, with other knobs of ttt and evaluation",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seeds",
+        metavar="N,N,N",
+        help=f"default: {RECORD_SEEDS}; with --from the run's own, which only names the new run",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob; may be repeated"
     )
-    parser.add_argument("--data", default=datasets.PYDOC, metavar="NAME|DIR", help="data set (default: %(default)s)")
+    parser.add_argument(
+        "--data", metavar="NAME|DIR", help=f"data set (default: {datasets.PYDOC}; with --from the run's own)"
+    )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of one run; 0 runs on the CPU (default)")
     parser.add_argument("--slots", type=int, metavar="N", help="runs at a time on the CPU")
     parser.add_argument(
@@ -460,6 +555,10 @@ def _add_verify(top: Adder) -> None:
         help="end the evaluation after this (default: %(default)s)",
     )
     _add_json(parser)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", type=int, metavar="N", help="processes to work with (default: one a processor)")
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -1,20 +1,35 @@
-"""Data sets: found by name, read off their manifests, prepared and verified by the trainer in a process of its own."""
+"""Data sets: found by name, read off their manifests; fetched, prepared and verified, the counting being done by the
+trainer in a process of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import trainer
+from orchestrator import hub
 from orchestrator.errors import CaddieError, ConfigError, DataError, MachineError, ProtocolError, StorageError
 from orchestrator.home import Home
-from trainer.protocol import VALIDATION, DataDir, Manifest, Shard, read_manifest, require_types, sha256_of
+from trainer.protocol import (
+    VALIDATION,
+    VARIANT,
+    DataDir,
+    Manifest,
+    Shard,
+    read_manifest,
+    require_types,
+    sha256_of,
+    storage_error,
+)
 
 PYDOC = "pydoc"
 """The data set that every machine can make: the documentation that CPython carries."""
@@ -136,10 +151,141 @@ def prepare(options: Sequence[str]) -> dict[str, Any]:
     return _trainer(["prepare", *options])
 
 
-def verify(data_dir: Path) -> list[str]:
-    """Read a data set again, whole; every way in which it is not what its manifest says. Raises as `prepare` does."""
-    problems: list[str] = _trainer(["verify-data", str(data_dir)])["problems"]
-    return problems
+def verify(data_dir: Path, options: Sequence[str] = ()) -> dict[str, Any]:
+    """Run `python -m trainer verify-data`: `problems`, `notes`, and what each of the `splits` comes to. Raises as
+    `prepare` does."""
+    return _trainer(["verify-data", str(data_dir), *options])
+
+
+# ---- fetching ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A published data set that somebody wants."""
+
+    variant: str
+    repo: str
+    train_shards: int = hub.TRAIN_SHARDS
+    revision: str | None = None
+    """Branch, tag or commit; the newest of the main branch where it is left out."""
+
+    prefix: str | None = None
+    """Folder of the export, where the repository has several."""
+
+    def __post_init__(self) -> None:
+        if self.train_shards < 1:
+            raise ConfigError(f"train_shards must be at least 1, got {self.train_shards}", hint="--train-shards 1")
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the data set's content, as the manifest keeps it; a file's hashes stand there as well."""
+        return {VARIANT: self.variant, "repo": self.repo, "train_shards": self.train_shards, "prefix": self.prefix}
+
+
+def known_repository(variant: str) -> str:
+    """Where the records' export of a variant lies; raises ConfigError for another variant."""
+    if variant not in hub.REPOSITORIES:
+        raise ConfigError(
+            f"no repository is known for the variant {variant!r}; known are {', '.join(hub.REPOSITORIES)}",
+            hint="name one with --repo OWNER/NAME",
+        )
+    return hub.REPOSITORIES[variant]
+
+
+def fetch(request: Request, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Fetch a published data set to `out`, or leave it alone where it is there; what it comes to.
+
+    What has come is kept beside `out` until all is there, so that a fetch can go on where it ended. Raises DataError,
+    MachineError, StorageError, ProtocolError.
+    """
+    if (found := _fetched(request, out)) is not None:
+        say(f"{out}: this data set is there already; left as it is")
+        return found
+    try:
+        with _staging(out) as folder:
+            repository = hub.list_repository(request.repo, request.revision)
+            root = hub.root_of(repository, request.variant, request.prefix)
+            stated = hub.read_manifest_of(repository, root, folder.root, say)
+            export = hub.find_export(repository, request.variant, request.train_shards, stated, root)
+            wanted = {folder.tokenizer: export.tokenizer} | {
+                folder.shard(split, number): file
+                for split, files in export.shards.items()
+                for number, file in enumerate(files)
+            }
+            _remove_others(folder, wanted)
+            size = sum(file.size for file in wanted.values())
+            say(f"fetching {export.name} of {export.repo} at {export.commit[:10]}: {len(wanted)} files, {size:,} bytes")
+            hub.fetch(export.repo, export.commit, wanted, say)
+            outcome = _adopt(folder, request, export, {path.name: file.path for path, file in wanted.items()})
+            os.rename(folder.root, out)
+    except OSError as error:
+        raise storage_error(error, out) from error
+    return {**outcome, "data": str(out), "is_new": True}
+
+
+def _adopt(folder: DataDir, request: Request, export: hub.Export, files: dict[str, str]) -> dict[str, Any]:
+    """Count what was fetched and write the manifest; raises DataError where the publisher's totals are others."""
+    recipe = {**request.recipe(), "commit": export.commit, "files": files}
+    source = f"{export.name} of {export.repo} at {export.commit[:10]}"
+    outcome = _trainer(["adopt", str(folder.root), "--source", source, "--recipe", json.dumps(recipe)])
+    validation = outcome["splits"][VALIDATION]
+    for key, counted in (("docs_val", validation["documents"]), ("tokens_val", validation["tokens"])):
+        if export.stated.get(key, counted) != counted:
+            folder.manifest.unlink()
+            raise DataError(
+                f"{export.repo}: its manifest says {key} {export.stated[key]:,}, the validation shards have {counted:,}",
+                hint="the export is not whole: name another --repo or --revision",
+            )
+    return outcome
+
+
+def _fetched(request: Request, out: Path) -> dict[str, Any] | None:
+    """What the data set at `out` comes to where it is the one that is asked for; raises DataError for anything else."""
+    hint = "take another --out, or move it away"
+    if not DataDir(out).manifest.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out}: exists and is not a data set", hint=hint)
+        return None
+    manifest = manifest_of(out).manifest
+    asked = request.recipe()
+    is_same = {key: manifest.recipe.get(key) for key in asked} == asked
+    if not is_same or request.revision not in (None, "main", manifest.recipe.get("commit")):
+        raise DataError(f"{out}: another data set is there: {manifest.source}", hint=hint)
+    splits = {
+        name: {
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "raw_bytes": None,
+            "counted_bytes": split.text_bytes,
+        }
+        for name, split in manifest.splits.items()
+    }
+    return {"data": str(out), "is_new": False, "notes": [], "splits": splits}
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[DataDir]:
+    """A sibling folder that keeps what has come, held by one process at a time."""
+    folder = out.with_name(f".{out.name}.fetched")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield DataDir(folder)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{out}: another process is fetching it", hint="wait for it, then run the command again"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def _remove_others(folder: DataDir, wanted: dict[Path, hub.HubFile]) -> None:
+    """Remove what an earlier fetch of something else left."""
+    kept = {path.name for path in wanted} | {hub.partial_of(path, file).name for path, file in wanted.items()}
+    for path in folder.root.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _trainer(arguments: Sequence[str]) -> dict[str, Any]:

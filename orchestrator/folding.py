@@ -129,6 +129,8 @@ class _Facts:
         self._known: dict[ast.AST, Fact] = {}
         self._asked: set[ast.AST] = set()
         self._callers: dict[ast.AST, list[ast.Call] | None] = {}
+        constants = (node.value for node in program.nodes() if isinstance(node, ast.Constant))
+        self.strings = {value for value in constants if isinstance(value, str)}
         imports = [node for node in program.nodes() if isinstance(node, ast.ImportFrom)]
         self.hidden = {
             alias.name
@@ -199,7 +201,7 @@ class _Facts:
         """What a table written out gives for a known key, where nothing else in it does anything."""
         fact = self.of(key)
         for name, value in zip(table.keys, table.values, strict=True):
-            is_plain = isinstance(name, ast.Constant) and not _may_do_something(value)
+            is_plain = isinstance(name, ast.Constant) and not self.may_do_something(value)
             if fact.exact is not None and is_plain and (name.value,) == fact.exact:  # type: ignore[union-attr]
                 return value
         return None
@@ -211,7 +213,7 @@ class _Facts:
         for number, fact in enumerate(facts):
             if fact.truth is decides:
                 return fact if number == 0 else Fact(truth=decides, because=fact.because)
-            if _may_do_something(node.values[number]):
+            if self.may_do_something(node.values[number]):
                 return UNKNOWN
         if all(fact.truth is not None for fact in facts):
             because = frozenset[str]().union(*(fact.because for fact in facts))
@@ -219,7 +221,7 @@ class _Facts:
         return UNKNOWN
 
     def _of_comparison(self, node: ast.Compare) -> Fact:
-        if len(node.ops) != 1 or _may_do_something(node):
+        if len(node.ops) != 1 or self.may_do_something(node):
             return UNKNOWN
         (left, right), op = (self.of(node.left), self.of(node.comparators[0])), node.ops[0]
         because = left.because | right.because
@@ -292,6 +294,10 @@ class _Facts:
         if function.name == "__init__":
             return None if owner.decorator_list else self._calls_by_name(owner)
         return None if function.name.startswith("__") else self._calls_by_type(function, owner)
+
+    def may_do_something(self, node: ast.AST) -> bool:
+        """Whether evaluating an expression may do more than read."""
+        return any(isinstance(n, IMPURE) and self.of(n).exact is None for n in ast.walk(node))
 
     def is_closed(self, definition: ast.ClassDef) -> bool:
         """Whether a class is made of packed ones alone, so that nothing from outside calls its methods."""
@@ -381,10 +387,14 @@ class _Facts:
         return Fact(None, bool(sign), sign if is_number else None, False, is_number, because)
 
     def _of_property(self, method: ast.FunctionDef) -> Fact:
-        """Of a property that only returns an expression, what is known of that."""
-        body = [s for s in method.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-        is_property = any(getattr(d, "id", "") == "property" for d in method.decorator_list)
-        if is_property and len(body) == 1 and isinstance(body[0], ast.Return) and body[0].value is not None:
+        is_property = [getattr(d, "id", "") for d in method.decorator_list] == ["property"]
+        return self._of_returned(method, of_property=True) if is_property else UNKNOWN
+
+    def _of_returned(self, function: ast.FunctionDef, *, of_property: bool = False) -> Fact:
+        """Of a function that only returns an expression, what is known of that; of another one nothing."""
+        body = [s for s in function.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+        is_plain = of_property or not function.decorator_list
+        if is_plain and len(body) == 1 and isinstance(body[0], ast.Return) and body[0].value is not None:
             return self.of(body[0].value)
         return UNKNOWN
 
@@ -435,7 +445,8 @@ class _Facts:
         if isinstance(called, ast.ClassDef):
             return SOMETHING
         if isinstance(called, ast.FunctionDef):
-            return SOMETHING if self._is_something(called.returns) else UNKNOWN
+            fact = self._of_returned(called)
+            return dataclasses.replace(fact, is_none=False) if self._is_something(called.returns) else fact
         word = getattr(call.func, "attr", getattr(call.func, "id", ""))
         return SOMETHING if re.match("[A-Z][A-Z]*[a-z]", word) else UNKNOWN  # a class makes something
 
@@ -548,7 +559,7 @@ class _Round:
                     removed.append(statement)
                 else:
                     self._splice(owner, statement, truth=fact.truth)
-            elif number + 1 < len(body) and self._is_overwritten(statement, body[number + 1]):
+            elif _is_empty_loop(statement) or self._is_overwritten(statement, body[number + 1 :]):
                 removed.append(statement)
         is_all = len(removed) == len(body) and not isinstance(owner, ast.Module)
         is_elif = owner is not None and len(body) == 1 and body[0] in removed and self._is_elif(body[0])
@@ -564,13 +575,13 @@ class _Round:
         row, column = begin_of(statement)
         return self.lines[self.program.places[statement].module][row - 1][column:].startswith(b"elif")
 
-    def _is_overwritten(self, statement: ast.stmt, following: ast.stmt) -> bool:
-        """Whether a variable gets a constant and at once another value."""
-        match statement, following:
-            case (
+    def _is_overwritten(self, statement: ast.stmt, following: list[ast.stmt]) -> bool:
+        """Whether a variable gets a constant, and another value by the very next statement."""
+        match [statement, *following[:1]]:
+            case [
                 ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant()),
                 ast.Assign(targets=[ast.Name(id=other)], value=value),
-            ):
+            ]:
                 return name == other and not any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(value))
         return False
 
@@ -668,7 +679,7 @@ class _Round:
         if fact.exact is None or isinstance(node, ast.Constant) or not is_value or self._is_named_here(node):
             return False
         is_short = isinstance(fact.exact[0], bool | None) or isinstance(node, ast.BinOp) or fact.because
-        if not is_short or _may_do_something(node):
+        if not is_short or self.facts.may_do_something(node):
             return False
         self.because |= fact.because
         self._cut(node, Cut(begin_of(node), end_of(node), repr(fact.exact[0])))
@@ -719,8 +730,9 @@ class _Round:
                 return True
         for number, fact in enumerate(facts):
             is_last = number == len(facts) - 1
-            if fact.truth is (not decides) and not _may_do_something(values[number]):
-                if is_last and not self._is_only_tested(node):
+            if fact.truth is (not decides) and not self.facts.may_do_something(values[number]):
+                is_all_bool = isinstance((fact.exact or (0,))[0], bool) and all(map(_is_bool, values[:-1]))
+                if is_last and not self._is_only_tested(node) and not is_all_bool:
                     continue
                 self.because |= fact.because
                 here = self._bracketed(values[number], within=node)
@@ -729,7 +741,12 @@ class _Round:
                 else:
                     self._cut(node, Cut(here[0], self._bracketed(values[number + 1], within=node)[0]))
                 return True
-            if is_last and fact.truth is decides and self._is_only_tested(node) and not _may_do_something(node):
+            if (
+                is_last
+                and fact.truth is decides
+                and self._is_only_tested(node)
+                and not self.facts.may_do_something(node)
+            ):
                 self.because |= fact.because
                 self._cut(node, Cut(begin_of(node), end_of(node), repr(decides)))
                 return True
@@ -772,20 +789,28 @@ class _Round:
             if self.program.function_of(node) is not function:
                 continue
             target = node.targets[0]
-            if (
-                isinstance(target, ast.Name)
-                and self._is_unread(target, function, read)
-                and not _may_do_something(node.value)
-            ):
+            if self._is_unread(target, function, read) and not self.facts.may_do_something(node.value):
                 self._leave_out_statement(node)
             elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
                 self._leave_out_pair(node, target, node.value, function, read)
 
     def _is_unread(self, target: ast.expr, function: ast.FunctionDef, read: set[str]) -> bool:
+        if isinstance(target, ast.Attribute):
+            return self._is_unread_attribute(target)
         if not isinstance(target, ast.Name) or target.id in read:
             return False
         bindings = self.program.bound_in(function).get(target.id, [])
         return all(b.argument is None and (b.value is not None or b.annotation is not None) for b in bindings)
+
+    def _is_unread_attribute(self, target: ast.Attribute) -> bool:
+        """Whether nothing reads an attribute that is set, on an object of a class made of packed ones alone."""
+        owner = self.program.type_of(target.value)
+        definition = self.program.classes.get(owner) if isinstance(owner, str) else None
+        if definition is None or not self.facts.is_closed(definition) or target.attr in self.facts.strings:
+            return False
+        uses = [m for m in self.facts.mentions[target.attr] if isinstance(m, ast.Attribute)]
+        is_declared = self.program.method(definition.name, target.attr) or target.attr.startswith("__")
+        return not is_declared and all(isinstance(use.ctx, ast.Store) for use in uses)
 
     def _leave_out_statement(self, statement: ast.stmt) -> None:
         owner = self.program.parent(statement)
@@ -801,7 +826,7 @@ class _Round:
         ):
             return
         for number, (target, value) in enumerate(zip(targets.elts, values.elts, strict=True)):
-            if self._is_unread(target, function, read) and not _may_do_something(value):
+            if self._is_unread(target, function, read) and not self.facts.may_do_something(value):
                 cuts = [self._item_cut(list(part.elts), number) for part in (targets, values)]
                 if all(cuts):
                     self._cut(node, *(cut for cut in cuts if cut))
@@ -867,7 +892,7 @@ class _Round:
             found = call.args[number] if number < len(call.args) else None
         if found is None:
             return NOTHING
-        if self.program.places[call].is_in_text or _may_do_something(found):
+        if self.program.places[call].is_in_text or self.facts.may_do_something(found):
             return None
         items.sort(key=_begin_of_item)
         if len(items) > 1:
@@ -894,10 +919,21 @@ def _end_of_item(node: ast.AST) -> tuple[int, int]:
     return end_of((node.default or node.argument) if isinstance(node, _Item) else node)
 
 
-def _may_do_something(node: ast.AST) -> bool:
-    """Whether evaluating an expression may do more than read."""
-    tests = {n for n in ast.walk(node) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "bool"}
-    return any(isinstance(n, IMPURE) and n not in tests for n in ast.walk(node))
+def _is_bool(node: ast.expr) -> bool:
+    """Whether an expression is True or False: arrays compare to arrays, but not with `is`, `in` or a string."""
+    if isinstance(node, ast.Compare):
+        are_words = any(isinstance(c, ast.Constant) and isinstance(c.value, str) for c in node.comparators)
+        return are_words or all(isinstance(op, ast.Is | ast.IsNot | ast.In | ast.NotIn) for op in node.ops)
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+
+
+def _is_empty_loop(statement: ast.stmt) -> bool:
+    """Whether a loop is over range(0)."""
+    if not isinstance(statement, ast.For) or statement.orelse or not isinstance(statement.iter, ast.Call):
+        return False
+    call = statement.iter
+    is_range = getattr(call.func, "id", "") == "range" and len(call.args) == 1
+    return is_range and isinstance(call.args[0], ast.Constant) and call.args[0].value == 0
 
 
 def _is_whole(node: ast.expr) -> bool:

@@ -145,7 +145,8 @@ def param_text(value: Any) -> str:
 def run_params(spec: Spec) -> dict[str, Any]:
     """The resolved configuration by dotted names, and what else identifies the run."""
     knobs = {f"{section}.{name}": value for section, entries in spec.config.items() for name, value in entries.items()}
-    return {"seed": spec.seed, "preset": spec.preset, "manifest_sha256": spec.manifest_sha256, **knobs}
+    source = {"source_run": spec.source} if spec.source else {}
+    return {"seed": spec.seed, "preset": spec.preset, "manifest_sha256": spec.manifest_sha256, **source, **knobs}
 
 
 # ── names, parameters and tags ───────────────────────────────────────────────────────────────────────────────────────

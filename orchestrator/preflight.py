@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from orchestrator import datasets
+from orchestrator import datasets, source_run
 from orchestrator.datasets import PreparedData
 from orchestrator.errors import StorageError
 from orchestrator.home import Home
@@ -36,11 +36,14 @@ def require_disk(study: Study, home: Home) -> None:
 def check(study: Study, home: Home) -> PreparedData:
     """Everything that can be known beforehand; returns the study's data set.
 
-    Raises StorageError, DataError, ProtocolError; ConfigError where the data set's vocabulary is not the model's.
+    Raises StorageError, DataError, ProtocolError; ConfigError where the data set's vocabulary is not the model's, or
+    the study scores a run's model again that it has not, or otherwise than it was made.
     """
     home.require_writable()
     data = datasets.find(home, study.data)
     datasets.require_sound(data)
     datasets.require_vocabulary(data, study.config.model.vocab_size)
+    if study.from_run:
+        source_run.require_scorable(source_run.find(home, study.from_run), study.config, data.manifest_sha256)
     require_disk(study, home)
     return data

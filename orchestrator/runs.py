@@ -27,13 +27,19 @@ class RunRequest:
     replicate: int = 0
     data_dir: str
     manifest_sha256: str
+    source: str = ""
+    """Run whose model file is scored again instead of training; empty for a run that trains."""
+
+    source_sha256: str = ""
     study: str = ""
     trial: int | None = None
 
 
 def run_id_of(request: RunRequest, bundle_sha256: str) -> str:
-    """The same question has the same id: a hash of config, seed, replicate, data manifest and bundle."""
+    """The same question has the same id: a hash of config, seed, replicate, data manifest, bundle and source."""
     identity = [to_mapping(request.config), request.seed, request.replicate, request.manifest_sha256, bundle_sha256]
+    if request.source_sha256:
+        identity.append(request.source_sha256)
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -44,18 +50,20 @@ class RunStore:
         self.home = home
 
     def plan(self, request: RunRequest, *, bundle: bytes, code: dict[str, str]) -> RunDir:
-        """Write the spec and the bundle of a run, unless it was asked for before. Raises StorageError."""
+        """Write the spec, the bundle and the source of a run, unless it was asked for before. Raises StorageError."""
         bundle_sha256 = hashlib.sha256(bundle).hexdigest()
         run = self.home.run(run_id_of(request, bundle_sha256))
         if not run.spec.exists():
             protocol.write_bytes_atomically(run.bundle, bundle)
+            if request.source:
+                protocol.write_bytes_atomically(run.source, self.home.run(request.source).artifact.read_bytes())
             protocol.write_spec(
                 run.spec,
                 Spec(
                     run_id=run.run_id, seed=request.seed, replicate=request.replicate, preset=request.preset,
                     config=to_mapping(request.config), data_dir=request.data_dir,
                     manifest_sha256=request.manifest_sha256, bundle_sha256=bundle_sha256, code=code,
-                    study=request.study, trial=request.trial,
+                    source=request.source, source_sha256=request.source_sha256, study=request.study, trial=request.trial,
                 ),
             )  # fmt: skip
         return run

@@ -29,10 +29,10 @@ def short_attributes(
     `shown` are names of classes whose attributes are known by name outside the program. `shared` are the short names that
     modules' own words get: what a class body looks up must not be hidden by what it defines.
     """
-    closed = {name for name in program.classes if _is_closed(name, program) and name not in shown}
+    closed = {name for name in program.classes if _is_closed(name, program, shown)}
     places = _places(program, closed)
     hidden = _hidden(program, closed)
-    words = {word: found for word, found in places.items() if word not in hidden}
+    words = {word: found for word, found in places.items() if word not in hidden and not word.startswith("__")}
     short = _chosen(program, {word: len(found) for word, found in words.items()}, shared)
     by_module: defaultdict[str, list[tuple[Place, str, str]]] = defaultdict(list)
     for word, found in words.items():
@@ -41,10 +41,12 @@ def short_attributes(
     return by_module
 
 
-def _is_closed(name: str, program: Program) -> bool:
-    """Whether a class is made of packed ones alone."""
-    names = [getattr(base, "id", "") for definition in program.lineage(name) for base in definition.bases]
-    return all(base in program.classes or base in PLAIN_BASES for base in names)
+def _is_closed(name: str, program: Program, shown: Collection[str]) -> bool:
+    """Whether a class is made of packed ones alone, none of them shown."""
+    lineage = list(program.lineage(name))
+    bases = [getattr(base, "id", "") for definition in lineage for base in definition.bases]
+    is_ours = all(base in program.classes or base in PLAIN_BASES for base in bases)
+    return is_ours and not {definition.name for definition in lineage} & set(shown)
 
 
 def _places(program: Program, closed: Collection[str]) -> dict[str, list[tuple[str, Place]]]:
@@ -119,20 +121,7 @@ def _hidden(program: Program, closed: Collection[str]) -> set[str]:
                 found |= set(_words_of(name, program)) if name in program.classes else set()
     for definition in program.classes.values():
         found |= {n.id for s in definition.body for n in _outside_functions(s)}  # looked up where the class is made
-    return {
-        *found,
-        *(word for words in program.stores for word in [words] if word.startswith("__")),
-        *_dunders(program),
-    }
-
-
-def _dunders(program: Program) -> set[str]:
-    return {
-        defined[0]
-        for definition in program.classes.values()
-        for statement in definition.body
-        if (defined := _defined(statement)) and defined[0].startswith("__")
-    }
+    return found
 
 
 def _outside_functions(statement: ast.stmt) -> Iterator[ast.Name]:

@@ -17,7 +17,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.home import SHIPPED_STUDIES
 from orchestrator.space import Range, parse_range
 from trainer.config import Config, from_mapping, knob_value, nearest, with_knobs
-from trainer.protocol import SLIDING, STAGES, TTT
+from trainer.protocol import POST_EMA, SLIDING, STAGES, TTT
 
 T = TypeVar("T")
 
@@ -25,6 +25,7 @@ T = TypeVar("T")
 SAMPLERS = ("tpe", "random", "qmc", "gp")
 LAUNCHERS = ("local",)
 MAX_SEED = 2**63 - 1  # what torch and numpy both take
+SCORING = ("ttt.", "evaluation.")  # knobs that matter where a stored model is only scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,9 @@ class Study:
     source: str
     """The file's text."""
 
+    from_run: str = ""
+    """Run whose stored model every run of the study scores again; empty where they train."""
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
@@ -201,6 +205,8 @@ def _check(study: Study) -> None:
     for place, seeds in (("[search]", search.seeds), ("[confirm]", study.confirm.seeds if study.confirm else ())):
         for seed in seeds:
             _require(0 <= seed <= MAX_SEED, f"{place} seeds must lie between 0 and {MAX_SEED}", seed)
+    if study.from_run:
+        _check_scoring(study)
     if study.stop_early:
         _require(
             study.stop_early.startup_trials >= 1,
@@ -216,6 +222,19 @@ def _check(study: Study) -> None:
     _require(resources.timeout_minutes > 0, "[resources] timeout_minutes must be above 0", resources.timeout_minutes)
 
 
+def _check_scoring(study: Study) -> None:
+    """The rules of a study that trains nothing."""
+    for knob in study.space:
+        if not knob.startswith(SCORING):
+            raise ConfigError(
+                f"[space] {knob} cannot matter where a stored model is only scored (from = {study.from_run!r}); "
+                f"only {' and '.join(SCORING)}* can",
+                hint="leave it out, or leave out `from`",
+            )
+    _require(study.stop_early is None, "[stop_early] needs training, `from` leaves none", study.stop_early)
+    _require(study.search.objective != POST_EMA, "[search] objective must be one of the stored model's", POST_EMA)
+
+
 def load_preset(name: str) -> Config:
     """The configuration of a preset: a shipped name, or the path of a TOML file. Raises ConfigError with its place."""
     presets = SHIPPED_STUDIES / "presets"
@@ -229,7 +248,9 @@ def load_preset(name: str) -> Config:
 def parse_study(text: str) -> Study:
     """Read and check a study's text; raises ConfigError that names the table, the value and the rule."""
     tables = _parse_toml(text)
-    known = ("name", "question", "preset", "data", "set", "space", "search", "stop_early", "confirm", "resources")
+    known = (
+        "name", "question", "preset", "data", "from", "set", "space", "search", "stop_early", "confirm", "resources",
+    )  # fmt: skip
     for key in tables:
         if key not in known:
             raise ConfigError(f"a study has no key {key!r}", hint=nearest(key, known))
@@ -237,6 +258,8 @@ def parse_study(text: str) -> Study:
         if not isinstance(tables.get(key), str) or not tables[key]:
             got = f", got {tables[key]!r}" if key in tables else ""
             raise ConfigError(f'a study needs {key} = "..."{got}')
+    if not isinstance(tables.get("from", ""), str):
+        raise ConfigError(f'from must be the id of a run in quotes, got {tables["from"]!r}')
     is_record = "confirm" in tables and not {"space", "search", "stop_early"} & set(tables)
     for key in () if is_record else ("space", "search"):
         if not isinstance(tables.get(key), Mapping) or not tables[key]:
@@ -254,6 +277,7 @@ def parse_study(text: str) -> Study:
         stop_early=_table(StopEarlyPlan, tables["stop_early"], "[stop_early]") if "stop_early" in tables else None,
         confirm=_table(ConfirmPlan, tables["confirm"], "[confirm]") if "confirm" in tables else None,
         resources=_table(Resources, tables.get("resources", {}), "[resources]"), source=text,
+        from_run=tables.get("from", ""),
     )  # fmt: skip
     _check(study)
     return study
@@ -267,18 +291,21 @@ def record_study(
     knobs: Mapping[str, Any],
     resources: Mapping[str, Any] | None = None,
     name: str | None = None,
+    from_run: str = "",
 ) -> Study:
     """A record attempt: one configuration on the given seeds, as a study without a search. Raises ConfigError.
 
-    Its name, where none is given, follows from what is asked, so that the same command continues the same attempt.
+    With `from_run` its stored model is scored again, and nothing is trained. The study's name, where none is given, follows from what is asked, so that the same command continues the same attempt.
     """
-    asked = json.dumps([preset, data, sorted(seeds), {knob: repr(value) for knob, value in sorted(knobs.items())}])
+    asked = [preset, data, sorted(seeds), {knob: repr(value) for knob, value in sorted(knobs.items())}]
+    digest = hashlib.sha256(json.dumps([*asked, *([from_run] if from_run else [])]).encode()).hexdigest()[:8]
     stem = re.sub(r"[^a-z0-9._-]", "-", Path(preset).stem.lower()).lstrip("._-") or "record"
     tables: dict[str, Any] = {
-        "name": name or f"record-{stem}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}",
-        "question": f"What does {preset} score on seeds {', '.join(map(str, seeds))}?",
+        "name": name or f"record-{stem}-{digest}",
+        "question": f"What does {f'run {from_run}' if from_run else preset} score on seeds {', '.join(map(str, seeds))}?",
         "preset": preset,
         "data": data,
+        **({"from": from_run} if from_run else {}),
     }
     lines = [f"{key} = {_as_toml(value)}" for key, value in tables.items()]
     for table, entries in (("set", knobs), ("confirm", {"seeds": seeds}), ("resources", resources or {})):

@@ -25,6 +25,7 @@ from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
 from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
 from orchestrator.runs import RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
+from orchestrator.source_run import SourceRun
 from orchestrator.study import Study
 from orchestrator.verdict import Verdict
 from trainer import protocol
@@ -54,6 +55,7 @@ class Controller:
         progress: Progress,
         mirror: Mirror,
         slots: Slots | None = None,
+        source: SourceRun | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         self.study = study
@@ -61,6 +63,7 @@ class Controller:
         self.search = search
         self.pack = pack
         self.code = code
+        self.source = source
         self.data_dir = data_dir.resolve()
         self.manifest_sha256 = manifest_sha256
         self.progress = progress
@@ -149,6 +152,8 @@ class Controller:
         self.ledger.open()
         for_any_run = hashlib.sha256(self.pack(None)).hexdigest()
         identity = identity_of(self.study, manifest_sha256=self.manifest_sha256, bundle_sha256=for_any_run)
+        if self.source:
+            identity["source"] = self.source.artifact_sha256[:16]
         require_same(self.study.name, self.state, identity)
         self.files.stop.unlink(missing_ok=True)  # it was meant for an earlier controller
         is_same = (self.state.source, self.state.identity) == (self.study.source, identity)
@@ -206,6 +211,8 @@ class Controller:
         return RunRequest(
             preset=self.study.preset, config=self.study.config_of(params), seed=seed, data_dir=str(self.data_dir),
             manifest_sha256=self.manifest_sha256, study=self.study.name, trial=trial,
+            source=self.source.spec.run_id if self.source else "",
+            source_sha256=self.source.artifact_sha256 if self.source else "",
         )  # fmt: skip
 
     def _runs_of(self, params: Mapping[str, Any], seeds: tuple[int, ...]) -> dict[int, str]:

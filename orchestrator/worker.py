@@ -254,7 +254,9 @@ def _attempt(
     spec = protocol.read_spec(run.spec)
     if attempt.stop.exists():
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
-    _require_bundle(run, spec)
+    _require_sha256(run.bundle, spec.bundle_sha256)
+    if spec.source:
+        _require_sha256(run.source, spec.source_sha256)
     returncode, ended = _run_trainer(run, attempt, spec, processes=processes, gpus=gpus, seconds=seconds)
     too_long = failure_of(
         protocol.TIMEOUT, f"ended after {seconds[0]:g} s, the study's [resources] timeout_minutes", attempt.stderr
@@ -294,13 +296,13 @@ def _run_trainer(
     return process.returncode, ended
 
 
-def _require_bundle(run: RunDir, spec: Spec) -> None:
-    """What runs must be what the spec names."""
-    found = protocol.sha256_of(run.bundle) if run.bundle.exists() else "missing"
-    if found != spec.bundle_sha256:
+def _require_sha256(path: Path, planned: str) -> None:
+    """What runs, and what it scores again, must be what the spec names."""
+    found = protocol.sha256_of(path) if path.exists() else "missing"
+    if found != planned:
         raise ProtocolError(
-            f"{run.bundle}: its SHA-256 is {found}, the spec says {spec.bundle_sha256}",
-            hint="the bundle was changed after the run was planned; move the run's directory away and ask again",
+            f"{path}: its SHA-256 is {found}, the spec says {planned}",
+            hint="the file was changed after the run was planned; move the run's directory away and ask again",
         )
 
 

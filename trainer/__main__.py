@@ -1,4 +1,4 @@
-"""`python -m trainer prepare|verify-data`: the heavy part of `caddie data`, in the trainer's own process.
+"""`python -m trainer prepare|adopt|verify-data`: the heavy part of `caddie data`, in the trainer's own process.
 
 With `--json` the last line of stdout is one object: the outcome, or an error with its kind and hint.
 """
@@ -9,11 +9,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import CaddieError, DataError
+from trainer.protocol import Manifest
 
 INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 
@@ -30,30 +31,53 @@ def parser() -> argparse.ArgumentParser:
     share.add_argument("--val-documents", type=int, metavar="N")
     share.add_argument("--val-frac", type=float, metavar="F")
     prepare.add_argument("--shard-tokens", type=int, metavar="N")
+    prepare.add_argument("--processes", type=int, metavar="N")
+    adopt = commands.add_parser("adopt", help="count published shards and write their manifest")
+    adopt.add_argument("data_dir", type=Path, metavar="DIR")
+    adopt.add_argument("--source", required=True, metavar="TEXT", help="where they come from, in words")
+    adopt.add_argument("--recipe", type=json.loads, required=True, metavar="JSON")
     verify = commands.add_parser("verify-data", help="read a data set again and compare it with its manifest")
     verify.add_argument("data_dir", type=Path, metavar="DIR")
-    for command in (prepare, verify):
+    verify.add_argument("--corpus", nargs="+", default=[], metavar="pydoc|FILE")
+    verify.add_argument("--processes", type=int, metavar="N")
+    for command in (prepare, adopt, verify):
         command.add_argument("--json", action="store_true", help="the outcome as one JSON object on stdout")
     return top
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Do what was asked for; raises CaddieError."""
-    from trainer import prepare, verification  # after the arguments are known to be right: they load torch
+    from trainer import prepare, publication, verification  # after the arguments are known to be right: they load torch
 
+    say = prepare.to_stderr
     if arguments.command == "verify-data":
+        found = verification.verify(arguments.data_dir, say=say, corpus=arguments.corpus, processes=arguments.processes)
+        return {"data": str(arguments.data_dir), **dataclasses.asdict(found)}
+    if arguments.command == "adopt":
+        manifest, compared = publication.adopt(
+            arguments.data_dir, source=arguments.source, recipe=arguments.recipe, say=say
+        )
         return {
-            "data": str(arguments.data_dir),
-            "problems": verification.verify(arguments.data_dir, say=prepare.to_stderr),
-        }
+            "data": str(arguments.data_dir), "notes": [compared] if compared else [], "splits": totals(manifest, {})
+        }  # fmt: skip
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(prepare.Recipe)}
     recipe = prepare.Recipe(**{name: value for name, value in given.items() if value is not None})
-    prepared = prepare.prepare(recipe, arguments.out, say=prepare.to_stderr)
-    splits = {
-        name: {"documents": split.documents, "tokens": split.tokens, "text_bytes": split.text_bytes}
-        for name, split in prepared.manifest.splits.items()
-    }
-    return {"data": str(arguments.out), "is_new": prepared.is_new, "splits": splits}
+    prepared = prepare.prepare(recipe, arguments.out, say=say)
+    return {
+        "data": str(arguments.out), "is_new": prepared.is_new,
+        "splits": totals(prepared.manifest, prepared.raw_bytes),
+    }  # fmt: skip
+
+
+def totals(manifest: Manifest, raw_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """What each split comes to; raw bytes where they are known."""
+    return {
+        name: {
+            "documents": split.documents, "tokens": split.tokens, "raw_bytes": raw_bytes.get(name),
+            "counted_bytes": split.text_bytes,
+        }
+        for name, split in manifest.splits.items()
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer.config import ModelConfig
 from trainer.kernels import prepare_heads, without_own_value
+from trainer.lora import Terms
 
 # Dimensions: B batch, T tokens, S scored tokens (the last ones; all of them in training), D model width, H query heads,
 # G key/value heads, K head width, R rotated dimensions.
@@ -69,19 +70,27 @@ class Attention(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, qkv_ND: Tensor, rotary: tuple[Tensor, Tensor] | None, value_embedding: Tensor | None,
-        *, scored: int,
+        *, scored: int, terms: Terms | None = None,
     ) -> Tensor:  # fmt: skip
         """(B, T, D) to (B, S, D), with the three matrices one below the other in `qkv`."""
         config = self.config
         heads, groups, length = config.heads, config.kv_heads, x_BTD.size(1)
         is_whole = scored == length
         split = heads * config.head_dim * (not is_whole)  # rows of a product of its own, for fewer queries than keys
-        last = F.linear(x_BTD, qkv_ND[split:]).unflatten(-1, (-1, config.head_dim))
+        last = F.linear(x_BTD, qkv_ND[split:])
+        if terms:
+            kv_width = groups * config.head_dim
+            targets = (("q", heads * config.head_dim), ("k", kv_width), ("v", kv_width))
+            last = terms.add_beside(targets[not is_whole :], last, x_BTD)
+        last = last.unflatten(-1, (-1, config.head_dim))
         gain = self.gain if is_whole or self.gain is None else self.gain[:0]
         added = None if value_embedding is None else value_embedding.unflatten(-1, (groups, config.head_dim))
         q, k, v, own = prepare_heads(last, gain, rotary, added, groups=groups, normalizes=config.qk_norm)
         if not is_whole:
-            first = F.linear(x_BTD[:, -scored:], qkv_ND[:split]).unflatten(-1, (-1, config.head_dim))
+            first = F.linear(x_BTD[:, -scored:], qkv_ND[:split])
+            if terms:
+                first = terms.add("q", first, x_BTD[:, -scored:])
+            first = first.unflatten(-1, (-1, config.head_dim))
             tables = rotary and (rotary[0][-scored:], rotary[1][-scored:])
             q, *_ = prepare_heads(first, self.gain, tables, groups=0, normalizes=config.qk_norm)
         y = causal_attention(q, k, v)

@@ -388,7 +388,12 @@ class QuantConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Section):
-    """How a stored model is scored."""
+    """How a stored model is scored: the stages `sliding` and `ttt`; `post_ema` and `roundtrip` are always flat."""
+
+    protocol: str = _one_of("sliding", "sliding", "flat", "documents")
+    """Windows of `sequence_length`: `flat` ones lie one behind the other; `sliding` ones move by `stride`, across the
+    boundaries of documents; `documents` does so in each document by itself, and nothing before its BOS is read.
+    """
 
     sequence_length: int = _between(2048, 2)
     """Longest context plus one scored position."""
@@ -407,33 +412,91 @@ class EvaluationConfig(Section):
             )
 
 
+LORA_TARGETS = ("q", "k", "v", "out", "up", "down", "mlp", "head")
+"""The block's matrices; `mlp`, a term beside the whole MLP; and the output head."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TTTConfig(Section):
-    """Score-first test-time training, after #461 / #549 / #1326."""
+    """Score-first test-time training, after #461 / #549 / #1326, #1341 and #1530."""
 
-    method: str = _one_of("sgd", "sgd", "off")
-    """`sgd` on all weights that are not frozen, or `off`."""
+    method: str = _one_of("sgd", "sgd", "adamw", "lora", "off")
+    """What learns and how: `sgd` or `adamw` on the weights themselves, `lora` on low-rank adapters, or `off`."""
+
+    parameters: str = _one_of("all", "all", "query")
+    """Weights that learn under `sgd` and `adamw`: all, or attention's query matrices alone."""
 
     lr: float = _between(0.002, 0)
-    """Learning rate of the first chunk; a cosine over chunks takes it to 0."""
+    """Learning rate of the first chunk; a cosine over chunks takes it to 0. Constant where a document is the unit."""
 
     momentum: float = _between(0.9, 0, 0.999999)
-    """SGD momentum; its buffer lives through all chunks."""
+    """SGD's momentum; its buffer lives through all chunks, or through a document."""
+
+    adam_beta1: float = _between(0.9, 0, 0.999999)
+    """Decay of AdamW's first moment; 0 is off. #1530: 0."""
+
+    adam_beta2: float = _between(0.999, 0, 0.999999)
+    """Decay of AdamW's second moment."""
+
+    adam_eps: float = _between(1e-8, above=0)
+    """AdamW's denominator floor. #1530: 1e-10."""
+
+    weight_decay: float = _between(0.0, 0)
+    """AdamW's decoupled decay. #1530: 0.5."""
 
     epochs: int = _between(3, 0)
-    """Passes over a chunk after it has been scored."""
+    """Passes over a chunk after it has been scored; one step where a document is the unit."""
 
     chunk_tokens: int = _between(32_768, 1)
-    """Positions that are scored before the weights learn from them."""
+    """Positions that are scored before anything learns from them."""
 
     batch_sequences: int = _between(32, 1)
     """Sequences of one update, over all GPUs."""
 
     grad_clip_norm: float = _between(1.0, 0)
-    """Largest global gradient norm; 0 is off."""
+    """Largest global gradient norm, of each document's own adapter where a document is the unit; 0 is off."""
 
     frozen_blocks: int = _between(0, 0)
     """First blocks that do not learn."""
+
+    lora_unit: str = _one_of("chunk", "chunk", "document")
+    """`chunk`: one adapter learns from chunk to chunk, #1341; `document`: each document has its own and leaves nothing."""
+
+    lora_rank: int = _between(8, 1)
+    """Rank of the adapters. #1530: 96."""
+
+    lora_targets: tuple[str, ...] = ("q", "v")
+    """What the adapters are added to, of LORA_TARGETS. #1341: q, v; #1530: q, k, v, out, mlp, head."""
+
+    lora_scale: float = _between(1.0, above=0)
+    """Factor of the adapters' outputs, often written α / rank."""
+
+    lora_optimizer: str = _one_of("adamw", "adamw", "sgd")
+    """Rule by which the adapters learn."""
+
+    lora_seed: int = _between(0, 0)
+    """Seed of the adapters' start; not the run's, since the stored model alone must score the same."""
+
+    document_tokens: int = _between(32, 1)
+    """Positions of a document that are scored before its adapter learns from them. #1530: 32, #1855: 48."""
+
+    batch_documents: int = _between(64, 1)
+    """Documents that a GPU takes through the network at once, of one length as near as can be."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for target in self.lora_targets:
+            if target not in LORA_TARGETS:
+                raise ConfigError(
+                    f"ttt.lora_targets must name some of {', '.join(LORA_TARGETS)}, got {target!r}",
+                    hint=nearest(target, LORA_TARGETS),
+                )
+        if not self.lora_targets or len(set(self.lora_targets)) < len(self.lora_targets):
+            raise ConfigError(f"ttt.lora_targets must name each target once, got {list(self.lora_targets)}")
+
+    @property
+    def is_by_document(self) -> bool:
+        return self.method == "lora" and self.lora_unit == "document"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -499,17 +562,27 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        length, chunk = self.evaluation.sequence_length, self.ttt.chunk_tokens
-        if self.ttt.method != "off":
-            if chunk % length or chunk % self.evaluation.stride or length % self.evaluation.stride:
+        ttt, length, stride = self.ttt, self.evaluation.sequence_length, self.evaluation.stride
+        if ttt.method == "off":
+            return
+        if ttt.is_by_document:
+            if ttt.document_tokens > length:
                 raise ConfigError(
-                    f"ttt.chunk_tokens {chunk} must be a multiple of evaluation.sequence_length {length}, and both of "
-                    f"evaluation.stride {self.evaluation.stride}, so that no window scores two chunks"
+                    f"ttt.document_tokens {ttt.document_tokens} must not exceed evaluation.sequence_length {length}"
                 )
-            if self.ttt.frozen_blocks > self.model.layers:
-                raise ConfigError(
-                    f"ttt.frozen_blocks {self.ttt.frozen_blocks} must not exceed model.layers {self.model.layers}"
-                )
+        elif ttt.chunk_tokens % length or ttt.chunk_tokens % stride or length % stride:
+            raise ConfigError(
+                f"ttt.chunk_tokens {ttt.chunk_tokens} must be a multiple of evaluation.sequence_length {length}, and both of "
+                f"evaluation.stride {stride}, so that no window scores two chunks"
+            )
+        learns_in_blocks = ttt.lora_targets != ("head",) if ttt.method == "lora" else ttt.parameters == "query"
+        if ttt.frozen_blocks > self.model.layers - learns_in_blocks:
+            raise ConfigError(
+                f"ttt.frozen_blocks {ttt.frozen_blocks} must "
+                + ("be below" if learns_in_blocks else "not exceed")
+                + f" model.layers {self.model.layers}",
+                hint="nothing would be left to learn" if learns_in_blocks else None,
+            )
 
 
 def section_name(cls: type[Section]) -> str:

@@ -19,10 +19,10 @@ from torch import Tensor
 from trainer.config import EvaluationConfig
 from trainer.distributed import World
 from trainer.errors import CaddieError
-from trainer.protocol import Score
+from trainer.protocol import Score, ScoreChain
 
-# Dimensions: N tokens of the split, P = N - 1 positions (targets) to score, W windows, L tokens of a window,
-# S scored positions of a window.
+# Dimensions: N tokens of the split, P = N - 1 positions (targets) to score, D documents, W windows, L tokens of a window,
+# S positions of a window whose targets are asked for.
 
 RUNNING_SCORES = 50  # running scores of one evaluation, at most
 
@@ -44,6 +44,10 @@ class Adapter(Protocol):
         """Learn from positions first ... last - 1; chunk `chunk` of `chunks`."""
 
 
+OnChunk = Callable[[int, int, float], None]
+"""Hears a chunk's number, the number of chunks, and the bits per byte of all processes so far."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """A token stream to score. Position p predicts tokens[p + 1] from what stands before it."""
@@ -56,42 +60,110 @@ class Stream:
     def positions(self) -> int:
         return self.tokens_N.numel() - 1
 
+    def documents(self, bos: int) -> Tensor:
+        """First position of each document, on the CPU: the first one, and wherever a `bos` stands."""
+        starts_P = self.tokens_N[:-1] == bos
+        starts_P[0] = True
+        return starts_P.nonzero().flatten().cpu()
+
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Token and target at each position, any shape; beyond the end stands the last one, for nothing to count."""
+        inside = positions.clamp(max=self.positions - 1)
+        return self.tokens_N[inside].long(), self.tokens_N[inside + 1].long()
+
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows in reading order: window w reads `length` tokens and scores positions begins[w] ... ends[w] - 1, its last."""
+    """Window w reads `length` tokens from starts[w] on, and scores positions begins[w] ... ends[w] - 1 of them."""
 
     length: int
     stride: int
-    begins_W: Tensor
-    ends_W: Tensor
+    places_3W: Tensor
+    """Starts, begins and ends."""
+
+    def is_whole(self) -> Tensor:
+        """Whether a window scores more than its last `stride` positions, [W]."""
+        return self.places_3W[1] < self.places_3W[0] + self.length - self.stride
+
+    def cut(self, chunk_tokens: int) -> Windows:
+        """The same windows chunk by chunk, each scoring in one chunk alone, and in each chunk the whole ones first."""
+        _, begins_W, ends_W = self.places_3W
+        first_W = begins_W // chunk_tokens
+        parts_W = (ends_W - 1) // chunk_tokens - first_W + 1
+        window, part = _spread(parts_W)
+        low = (first_W[window] + part) * chunk_tokens
+        places = self.places_3W[:, window]
+        places[1], places[2] = places[1].maximum(low), places[2].minimum(low + chunk_tokens)
+        whole = Windows(self.length, self.stride, places).is_whole()
+        return Windows(self.length, self.stride, places[:, torch.argsort(2 * low + ~whole, stable=True)])
 
 
-def plan_windows(positions: int, *, length: int, stride: int) -> Windows:
-    """Sliding windows over a split: the first scores all its positions, each later one its last `stride`.
+def _spread(counts_N: Tensor) -> tuple[Tensor, Tensor]:
+    """For so many items of each: whose each is, and its number among those."""
+    owner = torch.repeat_interleave(counts_N)
+    return owner, torch.arange(len(owner)) - (counts_N.cumsum(0) - counts_N)[owner]
 
-    The last one scores what is left, with full context, so that no position is missed and none is scored twice.
-    `stride == length` is the flat evaluation.
+
+def plan_windows(positions: int, *, length: int, stride: int, documents_D: Tensor | None = None) -> Windows:
+    """Sliding windows over a split, or over each document that begins at one of these positions.
+
+    The first scores all its positions, each later one its last `stride`. The last one scores what is left, with full
+    context, so that no position is missed and none is scored twice. `stride == length` is the flat evaluation. No
+    window reads a token before the beginning of what it scores in; what it reads behind the end is not counted.
     """
     length = min(length, positions)
-    ends = torch.arange(length, positions + stride, stride).clamp_(max=positions)
-    ends = ends[: int((ends < positions).sum()) + 1]
-    return Windows(length, min(stride, length), torch.cat((torch.zeros(1, dtype=ends.dtype), ends[:-1])), ends)
+    stride = min(stride, length)
+    begins_D = torch.zeros(1, dtype=torch.int64) if documents_D is None else documents_D
+    ends_D = torch.cat((begins_D[1:], torch.tensor([positions])))
+    document, number = _spread(1 + (ends_D - begins_D - length).clamp(min=0).add(stride - 1) // stride)
+    begins, reached = begins_D[document], begins_D[document] + length + number * stride
+    ends = ends_D[document].minimum(reached)
+    later = torch.stack((ends - length, reached - stride, ends))
+    return Windows(length, stride, torch.where(number == 0, torch.stack((begins, begins, ends)), later))
 
 
 class Tally:
-    """Counts nats, tokens and bytes of scored positions, once each."""
+    """Counts nats, tokens and bytes of scored positions, once each: the one account of every evaluation."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.nats = torch.zeros((), dtype=torch.float64, device=stream.tokens_N.device)
         self.times_scored_P = torch.zeros(stream.positions, dtype=torch.int32, device=stream.tokens_N.device)
+        self.rounds: list[Tensor] = []
+        """Nats, tokens and bytes that this process committed to the open chunk, round by round."""
 
-    def commit(self, positions_WS: Tensor, nats_WS: Tensor) -> None:
-        """Fix the scores of these positions."""
-        self.nats += nats_WS.sum(dtype=torch.float64)
-        positions = positions_WS.flatten()
-        self.times_scored_P.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+        self.nats: list[float] = []
+        """Of each closed chunk, over all processes."""
+
+        self.tokens, self.bytes = 0, 0
+        """Of all closed chunks, over all processes."""
+
+    def begin_round(self) -> None:
+        """Add up what is committed from here on apart from what was before."""
+        self.rounds.append(torch.zeros(3, dtype=torch.float64, device=self.times_scored_P.device))
+
+    def commit(self, positions_WS: Tensor, nats_WS: Tensor, counted_WS: Tensor) -> None:
+        """Fix the scores of these positions, where they are counted."""
+        positions = positions_WS.clamp(max=self.stream.positions - 1)
+        self.times_scored_P.index_add_(0, positions.flatten(), counted_WS.flatten().int())
+        counts = (counted_WS, self.stream.target_bytes_P[positions] * counted_WS)
+        values = (nats_WS.masked_fill(~counted_WS, 0), *counts)
+        self.rounds[-1] += torch.stack([value.sum(dtype=torch.float64) for value in values])
+
+    def close(self, first: int, last: int, world: World, chain: ScoreChain | None) -> None:
+        """End the next chunk, of positions first ... last - 1 in the order of scoring: take its sums over all processes,
+        into the chain before anything can learn from it.
+        """
+        chunk, (rounds, *counts) = len(self.nats), world.sum(torch.stack(self.rounds)).T.tolist()
+        nats, (tokens, scored_bytes) = math.fsum(rounds), (int(sum(count)) for count in counts)
+        self.nats.append(nats)
+        self.tokens, self.bytes, self.rounds = self.tokens + tokens, self.bytes + scored_bytes, []
+        if chain is not None:
+            by_round = {"rounds": rounds} if len(rounds) > 1 else {}
+            chain.scored(chunk, first, last, nats=nats, tokens=tokens, bytes=scored_bytes, **by_round)
+
+    def score(self, seconds: float) -> Score:
+        """The score of the chunks closed so far."""
+        return score_of(math.fsum(self.nats), self.tokens, self.bytes, seconds)
 
     def finish(self, world: World, seconds: float) -> Score:
         """The score over all processes; raises JudgeError where a position was not scored exactly once."""
@@ -101,10 +173,7 @@ class Tally:
             raise JudgeError(
                 f"position {wrong} of {self.stream.positions} was scored {int(times[wrong])} times, not once"
             )
-        nats = float(world.sum(self.nats.clone()))
-        tokens = int(times.sum(dtype=torch.int64))
-        scored_bytes = int((self.stream.target_bytes_P * times).sum(dtype=torch.int64))
-        return score_of(nats, tokens, scored_bytes, seconds)
+        return self.score(seconds)
 
 
 def score_of(nats: float, tokens: int, scored_bytes: int, seconds: float) -> Score:
@@ -124,56 +193,59 @@ class Evaluation:
     """Nats per token of the first chunk's positions."""
 
 
-def _batches(windows: Windows, first: int, last: int, *, batch: int, world: World) -> Iterator[tuple[int, int, int]]:
-    """This process's batches of the windows first ... last - 1: (its first window, its last + 1, positions scored in each)."""
-    scored = windows.ends_W[first:last] - windows.begins_W[first:last]
-    edges = [0, *((scored[1:] != scored[:-1]).nonzero().flatten() + 1).tolist(), last - first]
-    for begin, end in itertools.pairwise(edges):
+def is_heard(chunk: int, chunks: int) -> bool:
+    """Whether the running score after this chunk is told: of few chunks each one, of many some, and always the last."""
+    return (chunks - 1 - chunk) % (1 + chunks // RUNNING_SCORES) == 0
+
+
+def _batches(whole_W: Tensor, first: int, last: int, *, batch: int, world: World) -> Iterator[tuple[int, int, bool]]:
+    """This process's batches of a chunk's windows: (the first, the one after the last, whether they are whole)."""
+    middle = first + int(whole_W[first:last].sum())
+    for begin, end in ((first, middle), (middle, last)):
         mine = range(
-            first + begin + (end - begin) * world.rank // world.size,
-            first + begin + (end - begin) * (world.rank + 1) // world.size,
+            begin + (end - begin) * world.rank // world.size, begin + (end - begin) * (world.rank + 1) // world.size
         )
         for start in mine[::batch]:
-            yield start, min(start + batch, mine.stop), int(scored[begin])
+            yield start, min(start + batch, mine.stop), begin < middle
 
 
 def evaluate(
     scorer: Scorer, stream: Stream, windows: Windows, *, config: EvaluationConfig, recurrent: bool, world: World,
-    chunk_tokens: int, adapter: Adapter | None = None, on_chunk: Callable[[int, int, float], None] | None = None,
+    chunk_tokens: int, adapter: Adapter | None = None, chain: ScoreChain | None = None, on_chunk: OnChunk | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score every position of the split once, from left to right, chunk by chunk.
 
-    With an adapter, each chunk but the last is handed to it after its score is committed. `on_chunk(chunk, chunks,
-    bpb)` hears now and then the running bits per byte of all processes. Nothing else waits for the device.
-    Raises JudgeError.
+    With an adapter, each chunk but the last is handed to it after its score is committed, in the chain if there is one.
+    `on_chunk` hears the score so far now and then. The device is waited for once a chunk. Raises JudgeError.
     """
     started = time.perf_counter()
     tally, device = Tally(stream), stream.tokens_N.device
     chunks = math.ceil(stream.positions / chunk_tokens)
-    bounds = torch.searchsorted(windows.begins_W, torch.arange(chunks + 1) * chunk_tokens).tolist()
+    windows = windows.cut(chunk_tokens)
+    places_3W, whole_W = windows.places_3W.to(device), windows.is_whole()
+    bounds = torch.searchsorted(windows.places_3W[1] // chunk_tokens, torch.arange(chunks + 1)).tolist()
     # One shape for all batches, and two numbers of scored positions: what is compiled is compiled once.
     batch = min(config.batch_windows, math.ceil(max(b - a for a, b in itertools.pairwise(bounds)) / world.size))
-    ends_W, offsets = windows.ends_W.to(device), torch.arange(windows.length, device=device)
-    first_chunk_loss = math.nan
+    offsets, filling = torch.arange(windows.length, device=device), torch.arange(batch, device=device)
     for chunk in range(chunks):
-        for begin, end, scored in _batches(windows, bounds[chunk], bounds[chunk + 1], batch=batch, world=world):
-            numbers = torch.arange(begin, begin + batch, device=device).clamp_(max=end - 1)
-            rows = ends_W[numbers, None] - windows.length + offsets
-            tokens, targets = stream.tokens_N[rows].long(), stream.tokens_N[rows + 1].long()
-            asked = windows.stride if scored <= windows.stride else windows.length
+        tally.begin_round()
+        for begin, end, is_whole in _batches(whole_W, bounds[chunk], bounds[chunk + 1], batch=batch, world=world):
+            starts, begins, ends = places_3W[:, (begin + filling).clamp_(max=end - 1), None]
+            rows = starts + offsets
+            asked = windows.length if is_whole else windows.stride
             with torch.no_grad():
-                nats = scorer(tokens, targets, recurrent=recurrent, scored=asked)
-            tally.commit(rows[: end - begin, -scored:], nats[: end - begin, -scored:])
-        done = min(stream.positions, (chunk + 1) * chunk_tokens)
-        is_heard = on_chunk and (chunks - 1 - chunk) % (1 + chunks // RUNNING_SCORES) == 0  # the last one always
-        if chunk == 0 or is_heard:
-            nats_so_far = float(world.sum(tally.nats.clone()))
-            if chunk == 0:
-                first_chunk_loss = nats_so_far / done
-            if on_chunk and is_heard:
-                so_far = score_of(nats_so_far, done, int(stream.target_bytes_P[:done].sum(dtype=torch.int64)), 0.0)
-                on_chunk(chunk, chunks, so_far.bpb)
+                nats = scorer(*stream.rows(rows), recurrent=recurrent, scored=asked)
+            positions = rows[:, -asked:]
+            is_counted = (begins <= positions) & (positions < ends) & (filling[:, None] < end - begin)
+            tally.commit(positions, nats, is_counted)
+        first, last = chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, stream.positions)
+        tally.close(first, last, world, chain)
+        if on_chunk and is_heard(chunk, chunks):
+            on_chunk(chunk, chunks, tally.score(0.0).bpb)
         if adapter is not None and chunk < chunks - 1:
-            adapter.learn(chunk * chunk_tokens, done, chunk=chunk, chunks=chunks)
+            adapter.learn(first, last, chunk=chunk, chunks=chunks)
+            if chain is not None:
+                chain.learned(chunk, first, last)
     world.synchronize()
-    return Evaluation(tally.finish(world, time.perf_counter() - started), first_chunk_loss)
+    score = tally.finish(world, time.perf_counter() - started)
+    return Evaluation(score, tally.nats[0] / min(chunk_tokens, stream.positions))

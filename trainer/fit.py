@@ -21,7 +21,8 @@ from trainer.quantize import FISHER_BITS, Rounded, fisher_steps, grid_of, quanti
 
 TRIES = 4  # grids that are packed before single weights have to go
 HALVINGS = 14  # of the interval in which the grid's factor lies
-FINEST, COARSEST = 0.25, 16.0  # factors beyond which a grid is another configuration
+FINEST, COARSEST = 1 / 2, 16.0  # factors beyond which a grid clips, or is another configuration
+FINEST_FISHER = 1 / 64  # never clips
 FLATTEST, STEEPEST = 0.3, 2.0  # bytes of the file for each byte of entropy, as far as two packings are believed
 WEIGHTS_A_BYTE = 8  # first guess of the ±1 to prune for each byte over the cap: #1334
 GROWTH = 2.0  # factor by which pruning is stepped up while the file stays over its cap
@@ -69,7 +70,8 @@ def fit(
     with phase("quantize"):
         first = quantize(model, found, config)
         grids = Grids(model, first, found, config)
-        bounds = {"prune": (1.0, 1.0), "coarsen": (1.0, COARSEST), "fill": (FINEST, COARSEST)}[config.fit]
+        finest = FINEST_FISHER if config.grid == "fisher" else FINEST
+        bounds = {"prune": (1.0, 1.0), "coarsen": (1.0, COARSEST), "fill": (finest, COARSEST)}[config.fit]
         known, slope = grids.entropy_bytes(1.0), 1.0
         size = artifact.estimate(ModelFile(meta, first.tensors), config.coder, config.brotli_quality)
     best, factor = None, 0.0

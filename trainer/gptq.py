@@ -15,7 +15,7 @@ from trainer.config import QuantConfig
 
 # Dimensions: P matrices of one shape, M rows (outputs) and N columns (inputs) of a matrix, C clip candidates.
 
-SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+SMALLEST_SCALE = 2.0**-20  # float16 has no numbers much smaller; below 2^-14 they lie farther apart
 DAMPING_TRIES = 4  # each ten times the damping before; round-to-nearest after the last
 
 
@@ -32,16 +32,22 @@ class Quantized:
 
     def scaled(self, factor: float) -> Quantized:
         """The same integers on a grid that is so many times coarser."""
-        return Quantized(self.integers_MN, (self.scales_M.float() * factor).clamp_min(SMALLEST_SCALE).half())
+        return Quantized(self.integers_MN, as_scales(self.scales_M.float() * factor))
 
 
 def largest_integer(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
+def as_scales(steps: Tensor) -> Tensor:
+    """Float16 scales near these steps, with 6 bits of mantissa: nothing is lost by a step 0.8 % off, and 4 bits a row are won."""
+    bits = steps.clamp_min(SMALLEST_SCALE).half().view(torch.int16)
+    return (bits + 8 >> 4 << 4).view(torch.float16)
+
+
 def scales_for(clip: Tensor, bits: int) -> Tensor:
-    """The float16 scale of each row that puts its clipping point on the largest integer."""
-    return (clip / largest_integer(bits)).clamp_min(SMALLEST_SCALE).half()
+    """The scale of each row that puts its clipping point on the largest integer, or as near as scales lie."""
+    return as_scales(clip / largest_integer(bits))
 
 
 @dataclass(frozen=True)

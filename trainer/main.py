@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,20 @@ import torch
 
 from trainer import artifact, protocol
 from trainer.attention import fastest_kernels
+from trainer.by_document import Documents, evaluate_documents
 from trainer.calibration import Calibration, calibrate
 from trainer.config import Config, from_mapping
-from trainer.data import Dataset
+from trainer.data import BOS, Dataset
 from trainer.distributed import World, start_world
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
-from trainer.evaluate import Evaluation, Stream, evaluate, plan_windows
+from trainer.evaluate import Evaluation, OnChunk, Stream, Windows, evaluate, plan_windows
 from trainer.fit import fit
 from trainer.graphs import Recorded
 from trainer.model import Model
-from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Spec
+from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Score, ScoreChain, Spec
 from trainer.quantize import corrected
 from trainer.train import Network, NotFiniteError, order_seed, reserve_seconds, train, warm_up
-from trainer.ttt import ParityError, SGDAdapter, require_parity
+from trainer.ttt import ChunkAdapter, DocumentAdapter, ParityError, require_parity
 
 LOG_LINES = 40  # of a traceback, kept in the result
 
@@ -117,7 +117,7 @@ def recheck(directory: RunDir, data_dir: Path) -> int:
         unknown = dict.fromkeys(("run_id", "preset", "data_dir", "manifest_sha256", "bundle_sha256"), "")
         spec = Spec(**{**unknown, "seed": 0, "replicate": 0, "config": file.meta["config"], "code": {}})
         run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal())
-        run.found["train_seconds"] = 0.0
+        run.found.update(train_seconds=0.0, artifact_sha256=protocol.sha256_of(directory.artifact))
         with fastest_kernels():
             dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(protocol.VALIDATION,))
             score_stored(run, stream_of(run, dataset))
@@ -195,6 +195,13 @@ def execute(run: Run) -> None:
     )  # fmt: skip
     with run.phase("load"):
         dataset = Dataset.open(Path(run.spec.data_dir), config.model.vocab_size, run.spec.manifest_sha256)
+    if run.spec.source:
+        run.found["train_seconds"] = 0.0
+        if world.is_first:
+            take_over(run)
+        world.agree(0.0)  # the others read the file only now
+        return score_stored(run, stream_of(run, dataset))
+    with run.phase("load"):
         torch.manual_seed(run.spec.seed)
         model = build_model(config, world)
         network = Network(model, config, world)
@@ -227,10 +234,10 @@ def execute(run: Run) -> None:
     score_stored(run, stream)
 
 
-def build_model(config: Config, world: World) -> Model:
-    """A fresh model on this process's device, as the run calls it."""
+def build_model(config: Config, world: World, *, compiles: bool = True) -> Model:
+    """A fresh model on this process's device, as the run calls it; without compiled parts for rows of many lengths."""
     model = Model(config.model, train_length=config.data.sequence_length, precision=world.precision(config.runtime))
-    if config.runtime.compile:
+    if config.runtime.compile and compiles:
         model.compile_parts()
     return model.to(world.device)
 
@@ -245,11 +252,9 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
             found = calibrate(model, dataset, config=config, order_seed=order, recurrent=recurrent, world=world)
         run.found["train_seconds"] += run.log.phases["calibrate"]
     if world.is_first:
-        bundle_bytes = run.directory.bundle.stat().st_size
+        cap_bytes = config.limits.artifact_bytes - run.directory.bundle.stat().st_size
         meta = {"config": run.spec.config, "recurrent": recurrent}
-        fitted = fit(
-            model, found, meta, cap_bytes=config.limits.artifact_bytes - bundle_bytes, config=config.quant, phase=run.phase
-        )  # fmt: skip
+        fitted = fit(model, found, meta, cap_bytes=cap_bytes, config=config.quant, phase=run.phase)
         for name in fitted.without_feedback:
             run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)
         if fitted.factor != 1 or fitted.pruned:
@@ -257,23 +262,41 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
                 protocol.WARNING, name="fitted", grid_factor=fitted.factor, pruned=fitted.pruned, added_error=fitted.added_error
             )  # fmt: skip
         with run.phase("pack"):
-            protocol.write_bytes_atomically(run.directory.artifact, fitted.packed)
+            keep_artifact(run, fitted.packed)
             weights = artifact.encode(artifact.ModelFile(meta, dict(model.state_dict())))
             protocol.write_bytes_atomically(run.directory.weights, weights)
-        run.found.update(
-            bundle_bytes=bundle_bytes, model_bytes=len(fitted.packed), artifact_bytes=bundle_bytes + len(fitted.packed),
-            artifact_sha256=hashlib.sha256(fitted.packed).hexdigest(),
-        )  # fmt: skip
     world.agree(0.0)  # the others read the file only now
 
 
-def stored_model(run: Run) -> tuple[Model, bool]:
+def keep_artifact(run: Run, packed: bytes) -> None:
+    """Write `artifact.bin` and count what a submission would hold."""
+    protocol.write_bytes_atomically(run.directory.artifact, packed)
+    bundle_bytes = run.directory.bundle.stat().st_size
+    run.found.update(
+        bundle_bytes=bundle_bytes, model_bytes=len(packed), artifact_bytes=bundle_bytes + len(packed),
+        artifact_sha256=hashlib.sha256(packed).hexdigest(),
+    )  # fmt: skip
+
+
+def take_over(run: Run) -> None:
+    """Make `artifact.bin` of another run's model file: its weights to the bit, with this run's configuration.
+
+    So bundle and artifact alone give this run's scores. Raises ProtocolError.
+    """
+    path, quant = run.directory.source, run.config.quant
+    with run.phase("pack"):
+        file = artifact.load(path.read_bytes(), str(path))
+        again = artifact.ModelFile({**file.meta, "config": run.spec.config}, file.tensors)
+        keep_artifact(run, artifact.pack(again, quant.coder, quant.brotli_quality))
+
+
+def stored_model(run: Run, *, compiles: bool = True) -> tuple[Model, bool]:
     """A fresh model from `artifact.bin`, and whether its repeated layers are on. Raises ProtocolError."""
     path = run.directory.artifact
     file = artifact.load(path.read_bytes(), str(path))
-    model = build_model(from_mapping(file.meta["config"]), run.world)
+    model = build_model(from_mapping(file.meta["config"]), run.world, compiles=compiles)
     model.load_state_dict(corrected(file.state()))
-    return model, bool(file.meta["recurrent"])
+    return model.eval(), bool(file.meta["recurrent"])
 
 
 def stream_of(run: Run, dataset: Dataset) -> Stream:
@@ -284,47 +307,80 @@ def stream_of(run: Run, dataset: Dataset) -> Stream:
 
 
 def score_stored(run: Run, stream: Stream) -> None:
-    """Score the stored model: flat, sliding, and with test-time training. Raises ParityError."""
+    """Score the stored model: flat, by its protocol, and with test-time training. Raises ParityError."""
+    config = run.config.ttt
     with run.phase("reload"):
         stored, recurrent = stored_model(run)
     stage_score(run, protocol.ROUNDTRIP, stored, stream, recurrent)
-    sliding = stage_score(run, protocol.SLIDING, stored, stream, recurrent)
-    if run.config.ttt.method == "off":
+    plain = stage_score(run, protocol.SLIDING, stored, stream, recurrent)
+    if config.method == "off":
         return
-    fresh, recurrent = stored_model(run)  # weights that no evaluation has touched
-    adapted = stage_score(run, protocol.TTT, fresh, stream, recurrent)
-    run.found["parity_nats"] = require_parity(sliding.first_chunk_loss, adapted.first_chunk_loss)
-
-
-def stage_score(run: Run, stage: str, model: Model, stream: Stream, recurrent: bool) -> Evaluation:
-    """One evaluation as a phase of its own; its score goes into the result."""
-    config, is_ttt = run.config, stage == protocol.TTT
-    length = config.evaluation.sequence_length
-    is_flat = stage in (protocol.POST_EMA, protocol.ROUNDTRIP)
-    windows = plan_windows(stream.positions, length=length, stride=length if is_flat else config.evaluation.stride)
-    adapter = (
-        SGDAdapter(
-            model,
-            stream,
-            config=config.ttt,
-            length=length,
-            recurrent=recurrent,
-            world=run.world,
+    # Weights that no evaluation has touched.
+    if config.method == "lora" and config.lora_unit == "document":
+        fresh, recurrent = stored_model(run, compiles=False)
+        adapt_by_document(run, fresh, stream, recurrent)
+    else:
+        fresh, recurrent = stored_model(run)
+        adapter = ChunkAdapter(
+            fresh, stream, config=config, length=run.config.evaluation.sequence_length, recurrent=recurrent, world=run.world
         )
-        if is_ttt
-        else None
-    )
+        adapted = stage_score(run, protocol.TTT, fresh, stream, recurrent, adapter)
+        run.found["parity_nats"] = require_parity(plain.first_chunk_loss, adapted.first_chunk_loss)
+
+
+def windows_of(run: Run, stage: str, stream: Stream) -> Windows:
+    """The windows of a stage: flat before `sliding`, from there on as the configuration's protocol has them."""
+    config = run.config.evaluation
+    is_flat = stage in (protocol.POST_EMA, protocol.ROUNDTRIP) or config.protocol == "flat"
+    length = config.sequence_length
+    documents = stream.documents(BOS) if config.protocol == "documents" and not is_flat else None
+    return plan_windows(stream.positions, length=length, stride=length if is_flat else config.stride, documents_D=documents)
+
+
+def stage_score(
+    run: Run, stage: str, model: Model, stream: Stream, recurrent: bool, adapter: ChunkAdapter | None = None
+) -> Evaluation:
+    """One evaluation as a phase of its own; its score goes into the result."""
+    is_chunked = stage in (protocol.SLIDING, protocol.TTT) and run.config.ttt.method != "off"  # alike, for parity
+    chain = chain_of(run, stage)
     with run.phase(stage):
         evaluation = evaluate(
-            Recorded(model.eval().nats, is_pure=True), stream, windows, config=config.evaluation, recurrent=recurrent, world=run.world,
-            chunk_tokens=stream.positions if is_flat else config.ttt.chunk_tokens, adapter=adapter,
-            on_chunk=running_score(run) if is_ttt else None,
+            Recorded(model.eval().nats, is_pure=True), stream, windows_of(run, stage, stream), config=run.config.evaluation,
+            recurrent=recurrent, world=run.world, adapter=adapter, chain=chain,
+            chunk_tokens=run.config.ttt.chunk_tokens if is_chunked else stream.positions,
+            on_chunk=running_score(run) if adapter else None,
         )  # fmt: skip
-    run.found.setdefault("scores", {})[stage] = evaluation.score
+    keep_score(run, chain, evaluation.score)
     return evaluation
 
 
-def running_score(run: Run) -> Callable[[int, int, float], None]:
+def adapt_by_document(run: Run, fresh: Model, stream: Stream, recurrent: bool) -> None:
+    """Test-time training with an adapter a document, after parity with the same network without. Raises ParityError."""
+    chain = chain_of(run, protocol.TTT)
+    with run.phase(protocol.TTT):
+        documents = Documents(
+            stream, stream.documents(BOS), config=run.config.ttt, length=run.config.evaluation.sequence_length,
+            recurrent=recurrent, world=run.world,
+        )  # fmt: skip
+        plain_loss = documents.first_loss(fresh.nats)
+        adapter = DocumentAdapter(fresh, config=run.config.ttt, recurrent=recurrent, world=run.world)
+        scorer = Recorded(fresh.nats, is_pure=True)
+        run.found["parity_nats"] = require_parity(plain_loss, documents.first_loss(scorer))
+        score = evaluate_documents(scorer, documents, adapter=adapter, chain=chain, on_chunk=running_score(run))
+    keep_score(run, chain, score)
+
+
+def chain_of(run: Run, stage: str) -> ScoreChain:
+    return ScoreChain(run.log, stage, run.found.get("artifact_sha256", ""))
+
+
+def keep_score(run: Run, chain: ScoreChain, score: Score) -> None:
+    """Put a stage's score and the end of its chain into the result."""
+    run.found.setdefault("scores", {})[chain.stage] = score
+    run.found.setdefault("chains", {})[chain.stage] = chain.link
+
+
+def running_score(run: Run) -> OnChunk:
     """Log the running bits per byte of a TTT pass."""
 
     def on_chunk(chunk: int, _chunks: int, bpb: float) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trainer.attention import Attention, rotary_tables
 from trainer.config import ModelConfig
 from trainer.kernels import add_mlp, add_product, combine, cross_entropy, normalize, normalize_beside, soft_capped
+from trainer.lora import HEAD_TARGET, LoRA, Terms
 
 # Dimensions: B batch, T tokens, S scored tokens (the last ones; all of them in training), D model width, H hidden width
 # of the MLP, N outputs of queries, keys and values together, V vocabulary.
@@ -98,6 +99,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, rotary: tuple[Tensor, Tensor] | None,
         value_embedding: Tensor | None, *, kept: int, scored: int, observe: Observe | None = None,
+        terms: Terms | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """The stream (or the attention's lane) of the last `kept` positions, the MLP's lane of the last `scored`, and x0."""
         matrices = self.matrices(x.dtype)
@@ -107,15 +109,17 @@ class Block(nn.Module):
                 skip = None
             lane = x[:, -scored:].clone()
         x, inputs, x0 = self._entry(x, x0, skip)
-        y = self.attention(inputs, matrices.qkv_ND, rotary, value_embedding, scored=kept)
+        y = self.attention(inputs, matrices.qkv_ND, rotary, value_embedding, scored=kept, terms=terms)
         if observe:
             observe(f"blocks.{self.layer}.attention.query", inputs)
             observe(f"blocks.{self.layer}.attention.out", y)
         x = x if kept == x.size(1) else x[:, -kept:].contiguous()
         x = add_product(x, y, matrices.out_DD)
+        if terms:
+            x = terms.add("out", x, y, self.attention_scale)
         if lane is None:
-            return self._think(x, matrices, observe), None, x0
-        return x, self._think(lane, matrices, observe), x0
+            return self._think(x, matrices, observe, terms), None, x0
+        return x, self._think(lane, matrices, observe, terms), x0
 
     def _entry(self, x: Tensor, x0: Tensor, skip: Skip | None) -> tuple[Tensor, Tensor, Tensor]:
         """The stream with the skip and the embedding mixed in, the same normalised, and x0."""
@@ -128,14 +132,19 @@ class Block(nn.Module):
         assert inputs is not None, "a scale was given"
         return x, inputs, x0
 
-    def _think(self, x: Tensor, matrices: Matrices, observe: Observe | None) -> Tensor:
+    def _think(self, x: Tensor, matrices: Matrices, observe: Observe | None, terms: Terms | None) -> Tensor:
         """The stream (or the MLP's lane) after the MLP."""
         x, inputs = normalize_beside(x, self.input_scale)
         if observe:
             observe(f"blocks.{self.layer}.mlp.up", inputs)
             hidden = F.leaky_relu(F.linear(inputs, matrices.up_HD), self.slope).square()
             observe(f"blocks.{self.layer}.mlp.down", hidden)
-        return add_mlp(x, inputs, matrices.up_HD, matrices.down_DH, self.slope)
+        if terms and {"up", "down"} & {*terms.pairs}:  # inside what is fused
+            hidden = F.leaky_relu(terms.add("up", F.linear(inputs, matrices.up_HD), inputs), self.slope).square()
+            x = terms.add("down", add_product(x, hidden, matrices.down_DH), hidden, self.mlp_scale)
+        else:
+            x = add_mlp(x, inputs, matrices.up_HD, matrices.down_DH, self.slope)
+        return terms.add("mlp", x, inputs, self.mlp_scale) if terms else x
 
 
 class ValueEmbedding(nn.Module):
@@ -173,6 +182,9 @@ class Model(nn.Module):
         self.skip_gates = nn.Parameter(torch.zeros(skip_shape)) if config.skips == "gated" else None
         self.lane_merge = nn.Parameter(torch.tensor(0.5)) if config.parallel_start_layer >= 0 else None
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lora: LoRA | None = None
+        """What is added to the products while test-time training adapts the network; no part of its weights."""
+
         self._initialize()
 
     def compile_parts(self) -> None:
@@ -238,6 +250,7 @@ class Model(nn.Module):
             x, lane, x0 = self.blocks[layer](
                 x, lane, x0, skip, rotary, values.get(layer), scored=scored,
                 kept=scored if position == len(order) - 1 else length, observe=observe,
+                terms=self.lora.layers[position] if self.lora else None,
             )  # fmt: skip
             if position < first_half:
                 states.append(x)
@@ -271,10 +284,16 @@ class Model(nn.Module):
 
     def logits(self, hidden_BSD: Tensor) -> Tensor:
         """Scores of the next token, (B, S, V), soft-capped, in float32."""
-        return soft_capped(F.linear(hidden_BSD, self.table()).float(), self.config.logit_softcap)
+        products = F.linear(hidden_BSD, self.table())
+        if self.lora:
+            products = self.lora.head.add(HEAD_TARGET, products, hidden_BSD)
+        return soft_capped(products.float(), self.config.logit_softcap)
 
     def leave(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Cross-entropy of each target, (B, S), in nats and float32."""
+        if self.lora and self.lora.head.pairs:  # inside what is fused
+            nats = F.cross_entropy(self.logits(hidden_BSD).flatten(0, 1), targets_BS.flatten(), reduction="none")
+            return nats.view_as(targets_BS)
         return cross_entropy(hidden_BSD, self.table(), targets_BS, self.config.logit_softcap)
 
     def nats(self, tokens_BT: Tensor, targets_BT: Tensor, *, recurrent: bool, scored: int) -> Tensor:

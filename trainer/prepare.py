@@ -1,8 +1,9 @@
 """Text to a data set: documents, tokenizer, shards, manifest.
 
-    corpus ─► normalised documents, each once ─► train | validation by hash ─► tokenizer from train ─► shards ─► manifest
+    corpus ─► documents, each once ─► train | validation by hash ─► tokenizer from train ─► shards ─► manifest
 
-Everything is made in a sibling folder and renamed into place.
+Documents are read and encoded by several processes; what comes out does not depend on how many. Everything is made in a
+sibling folder and renamed into place.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ import numpy as np
 import sentencepiece
 import torch
 
-from trainer.corpus import PYDOC, read_corpus
-from trainer.data import BOS, HEADER_INTS, MAGIC, SPACE, VERSION, TokenBytes, load_tokenizer
+from trainer.corpus import PYDOC, Batch, corpus_bytes, read_batches, read_corpus
+from trainer.data import BOS, HEADER_INTS, MAGIC, VERSION, TokenBytes, load_tokenizer
+from trainer.documents import KEY_BYTES, NORMALIZATION, Document, Encoded, Encoder, Reader, line_of, read_listing
 from trainer.errors import DataError
+from trainer.pool import in_order, usable_processes
 from trainer.protocol import (
     SPLITS,
     TRAIN,
@@ -46,7 +49,6 @@ from trainer.protocol import (
 
 VAL_FRAC = 0.05
 SHARD_TOKENS = 100_000_000  # the challenge's training shards
-NORMALIZATION = "nmt_nfkc"
 TOKENIZER_SETTINGS: dict[str, Any] = {  # the challenge's: openai/parameter-golf, data preparation
     "model_type": "bpe", "character_coverage": 0.999, "byte_fallback": True, "split_digits": True,
     "normalization_rule_name": NORMALIZATION, "add_dummy_prefix": False,
@@ -54,9 +56,9 @@ TOKENIZER_SETTINGS: dict[str, Any] = {  # the challenge's: openai/parameter-golf
 }  # fmt: skip
 LONGEST_SENTENCE = 1 << 30  # SentencePiece leaves out longer ones; its default would drop most documents
 MAX_VOCAB_SIZE = 1 << 16  # shards hold uint16
-BATCH_DOCUMENTS = 256  # encoded at a time
 PROGRESS_SECONDS = 2.0  # between two progress lines
-HASH_SPACE = 1 << 256
+SMALL_CORPUS_BYTES = 8_000_000  # read sooner by one process than others are started
+HASH_SPACE = 1 << 8 * KEY_BYTES
 
 Say = Callable[[str], None]
 
@@ -66,7 +68,7 @@ class Recipe:
     """What a data set is to be made of."""
 
     corpus: Sequence[str]
-    """`pydoc`, or files: JSON lines with a `text`, plain text (one document a file), each also as .xz or .gz."""
+    """`pydoc`, or files: JSON lines with a `text`, plain text (one document a file), each also as .xz, .gz or .zst."""
 
     vocab_size: int
     tokenizer: Path | None = None
@@ -81,6 +83,9 @@ class Recipe:
     shard_tokens: int = SHARD_TOKENS
     """A shard is closed before the document that would take it beyond this."""
 
+    processes: int | None = None
+    """Processes that read and encode; by default as many as the machine lends, one for a small corpus."""
+
     def __post_init__(self) -> None:
         if not 8 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise DataError(f"vocab_size must be in [8, {MAX_VOCAB_SIZE}], shards hold uint16; got {self.vocab_size}")
@@ -90,8 +95,15 @@ class Recipe:
             raise DataError(f"val_documents must be at least 1, got {self.val_documents}")
         if self.shard_tokens < 1:
             raise DataError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
+        if self.processes is not None and self.processes < 1:
+            raise DataError(f"processes must be at least 1, got {self.processes}")
         if not self.corpus:
             raise DataError("a corpus is needed", hint=f"name {PYDOC!r}, or files of text")
+
+    def workers(self) -> int:
+        """The number of processes to work with."""
+        is_small = corpus_bytes(self.corpus) < SMALL_CORPUS_BYTES
+        return self.processes or (1 if is_small else usable_processes())
 
 
 # ---- documents ---------------------------------------------------------------------------------------------------
@@ -109,57 +121,55 @@ class Progress:
             self.told = time.monotonic()
 
 
-class Normalizer:
-    """A document's normalised text: what the tokenizer sees, with plain spaces. Its UTF-8 bytes are what is scored."""
-
-    def __init__(self, model: Path | None) -> None:
-        self._normalizer = (
-            sentencepiece.SentencePieceProcessor(model_file=str(model))
-            if model
-            else sentencepiece.SentencePieceNormalizer(rule_name=NORMALIZATION, add_dummy_prefix=False)
-        )
-
-    def __call__(self, text: str) -> bytes:
-        normalized: str = self._normalizer.normalize(text)
-        return normalized.replace(SPACE, " ").encode()
-
-
 @dataclass
 class Documents:
-    """The distinct documents of a corpus, known by the hash of their normalised text."""
+    """The distinct documents of a corpus, known by the hash of their scored text."""
 
     recipe: Recipe
-    normalizer: Normalizer
-    hashes: set[bytes] = field(default_factory=set)
-    text_bytes: int = 0
+    keys: bytearray = field(default_factory=bytearray)
+    """Of every document of the corpus in its order, `KEY_BYTES` each."""
+
+    is_kept: bytearray = field(default_factory=bytearray)
+    """Of every document, 1 where it belongs to the data set: it is not empty, and the first of its key."""
+
+    count: int = 0
+    raw_bytes: int = 0
+    counted_bytes: int = 0
     duplicates: int = 0
     empty: int = 0
     digest: str = ""
-    """SHA-256 over the documents' hashes in their order."""
+    """SHA-256 over the kept documents' keys in their order."""
 
     threshold: int = 0
-    """Documents whose hash is below it are for validation."""
+    """Documents whose key is below it are for validation."""
 
     def survey(self, progress: Progress) -> None:
         """Read the corpus once: which documents there are, and where the splits part. Raises DataError."""
-        running = hashlib.sha256()
-        for text in read_corpus(self.recipe.corpus):
-            normalized = self.normalizer(text)
-            key = hashlib.sha256(normalized).digest()
-            if not normalized:
-                self.empty += 1
-            elif key in self.hashes:
-                self.duplicates += 1
-            else:
-                self.hashes.add(key)
-                running.update(key)
-                self.text_bytes += len(normalized)
-            progress.tick(f"reading: {len(self.hashes):,} documents, {self.text_bytes:,} bytes")
-        self.digest = running.hexdigest()
+        seen: set[bytes] = set()
+        reader = Reader(self.recipe.tokenizer.read_bytes() if self.recipe.tokenizer else None)
+        for _, documents in in_order(reader, read_batches(self.recipe.corpus), self.recipe.workers()):
+            for document in documents:
+                is_new = document.counted_bytes > 0 and document.key not in seen
+                self.keys += document.key
+                self.is_kept.append(is_new)
+                self.empty += not document.counted_bytes
+                if is_new:
+                    seen.add(document.key)
+                    self.raw_bytes += document.raw_bytes
+                    self.counted_bytes += document.counted_bytes
+            progress.tick(f"reading: {len(seen):,} documents, {self.counted_bytes:,} bytes")
+        self.count = len(seen)
+        self.duplicates = len(self.is_kept) - self.count - self.empty
         self._part()
 
     def _part(self) -> None:
-        numbers = sorted(int.from_bytes(key) for key in self.hashes)
+        running = hashlib.sha256()
+        numbers = []
+        for place in self.kept():
+            running.update(self.key(place))
+            numbers.append(int.from_bytes(self.key(place)))
+        self.digest = running.hexdigest()
+        numbers.sort()
         self.threshold = int(self.recipe.val_frac * HASH_SPACE)
         if self.recipe.val_documents is not None:
             kept = min(self.recipe.val_documents, len(numbers))
@@ -172,14 +182,22 @@ class Documents:
                 hint="give more documents (a plain text file is one document), or another --val-documents",
             )
 
-    def __iter__(self) -> Iterator[tuple[str, str, bytes]]:
-        """Yield (split, raw text, hash) of each distinct document, in the corpus's order."""
-        seen: set[bytes] = set()
-        for text in read_corpus(self.recipe.corpus):
-            key = hashlib.sha256(self.normalizer(text)).digest()
-            if key in self.hashes and key not in seen:
-                seen.add(key)
-                yield (VALIDATION if int.from_bytes(key) < self.threshold else TRAIN), text, key
+    def kept(self) -> Iterator[int]:
+        """Places in the corpus of the documents that belong to the data set."""
+        return itertools.compress(range(len(self.is_kept)), self.is_kept)
+
+    def key(self, place: int) -> bytes:
+        return bytes(self.keys[KEY_BYTES * place : KEY_BYTES * (place + 1)])
+
+    def split(self, place: int) -> str:
+        return VALIDATION if int.from_bytes(self.key(place)) < self.threshold else TRAIN
+
+    def training_texts(self) -> Iterator[str]:
+        """The texts that a tokenizer may learn from."""
+        texts = read_corpus(self.recipe.corpus)
+        for is_kept, (place, text) in zip(self.is_kept, enumerate(texts), strict=False):
+            if is_kept and self.split(place) == TRAIN:
+                yield text
 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------------
@@ -215,21 +233,21 @@ class SplitWriter:
     def __init__(self, folder: DataDir, split: str, shard_tokens: int) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
         self.shards: list[Shard] = []
-        self.documents = self.text_bytes = self._first = 0
+        self.documents = self.counted_bytes = self._first = 0
         self._tokens = array("H")
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
+    def add(self, tokens_N: np.ndarray, document: Document) -> None:
         """Append one document, BOS included."""
-        if self._tokens and len(self._tokens) + len(ids) > self.shard_tokens:
+        if self._tokens and len(self._tokens) + len(tokens_N) > self.shard_tokens:
             self._close_shard()
-        self._tokens.extend(ids)
+        self._tokens.frombytes(tokens_N.tobytes())
         self.documents += 1
-        self.text_bytes += text_bytes
+        self.counted_bytes += document.counted_bytes
 
     def finish(self) -> Split:
         self._close_shard()
         tokens = sum(shard.tokens for shard in self.shards)
-        return Split(shards=tuple(self.shards), tokens=tokens, documents=self.documents, text_bytes=self.text_bytes)
+        return Split(shards=tuple(self.shards), tokens=tokens, documents=self.documents, text_bytes=self.counted_bytes)
 
     def _close_shard(self) -> None:
         path = self.folder.shard(self.split, len(self.shards))
@@ -251,48 +269,59 @@ def shard_bytes(tokens_N: np.ndarray) -> bytes:
     return header.tobytes() + tokens_N.astype("<u2").tobytes()
 
 
-def _batches(documents: Iterable[tuple[str, str, bytes]]) -> Iterator[list[tuple[str, str, bytes]]]:
-    remaining = iter(documents)
-    while batch := list(itertools.islice(remaining, BATCH_DOCUMENTS)):
-        yield batch
-
-
 def write_shards(folder: DataDir, documents: Documents, progress: Progress) -> dict[str, Split]:
-    """Encode every document, BOS before it, and write shards and the list of documents. Raises DataError."""
-    tokenizer = load_tokenizer(folder.tokenizer, documents.recipe.vocab_size)
-    table = TokenBytes(tokenizer)
-    writers = {split: SplitWriter(folder, split, documents.recipe.shard_tokens) for split in SPLITS}
-    done = 0
+    """Encode every kept document, write it to a shard of its split and to the list of documents. Raises DataError."""
+    recipe = documents.recipe
+    table = TokenBytes(load_tokenizer(folder.tokenizer, recipe.vocab_size))
+    writers = {split: SplitWriter(folder, split, recipe.shard_tokens) for split in SPLITS}
+    encoder = Encoder(Reader(folder.tokenizer.read_bytes()))
+    place = done = 0
     with folder.documents.open("w", encoding="ascii") as listing:
-        for batch in _batches(documents):
-            encoded = tokenizer.encode([text for _, text, _ in batch], num_threads=os.cpu_count() or 1)
-            for (split, text, key), ids in zip(batch, encoded, strict=True):
-                text_bytes = len(documents.normalizer(text))
-                _require_counted(table, ids, text_bytes, text)
-                writers[split].add([BOS, *ids], text_bytes)
-                listing.write(f"{split} {key.hex()}\n")
-            done += len(batch)
-            progress.tick(f"encoding: {done:,} of {len(documents.hashes):,} documents")
-    if done != len(documents.hashes):
-        raise DataError(
-            f"the corpus changed while it was read: {done} of {len(documents.hashes)} documents were found again",
-            hint="run the command again when nothing writes to the corpus",
-        )
+        for batch, encoded in in_order(encoder, read_batches(recipe.corpus), recipe.workers()):
+            _require_unchanged(documents, place, encoded)
+            counts = bytes_of_documents(table, encoded.tokens_N, encoded.starts)
+            parts = np.split(encoded.tokens_N, encoded.starts[1:])
+            for number, (tokens_N, document, counted) in enumerate(zip(parts, encoded.documents, counts, strict=True)):
+                if documents.is_kept[place + number]:
+                    _require_counted(counted, document, batch, number)
+                    split = documents.split(place + number)
+                    writers[split].add(tokens_N, document)
+                    listing.write(line_of(split, document))
+                    done += 1
+            place += len(parts)
+            progress.tick(f"encoding: {done:,} of {documents.count:,} documents")
+    if place != len(documents.is_kept):
+        raise _changed(f"{place} of {len(documents.is_kept)} documents were found again")
     return {split: writer.finish() for split, writer in writers.items()}
 
 
-def counted_bytes(table: TokenBytes, ids: Iterable[int]) -> int:
-    """Bytes of one document's tokens by the rule that bits per byte are computed with."""
-    tokens_N = torch.tensor([BOS, *ids])
-    return int(table.bytes_of_targets(tokens_N[:-1], tokens_N[1:]).sum())
+def _require_unchanged(documents: Documents, place: int, encoded: Encoded) -> None:
+    keys = b"".join(document.key for document in encoded.documents)
+    if keys != documents.keys[KEY_BYTES * place : KEY_BYTES * place + len(keys)]:
+        raise _changed(f"not all of the documents {place} to {place + len(encoded.documents) - 1} are what they were")
 
 
-def _require_counted(table: TokenBytes, ids: list[int], text_bytes: int, text: str) -> None:
-    counted = counted_bytes(table, ids)
-    if counted != text_bytes:
+def _changed(how: str) -> DataError:
+    return DataError(
+        f"the corpus changed while it was read: {how}", hint="run the command again when nothing writes to the corpus"
+    )
+
+
+def bytes_of_documents(table: TokenBytes, tokens_N: np.ndarray, starts: Sequence[int]) -> list[int]:
+    """Bytes of each document's tokens by the rule that bits per byte are computed with; a document begins at each of
+    `starts`, the first at 0."""
+    tokens = torch.from_numpy(tokens_N.astype(np.int64))
+    bytes_N = np.zeros(len(tokens_N), dtype=np.int64)  # nothing stands before the first token, a BOS
+    bytes_N[1:] = table.bytes_of_targets(tokens[:-1], tokens[1:]).numpy()
+    return np.add.reduceat(bytes_N, starts).tolist()
+
+
+def _require_counted(counted: int, document: Document, batch: Batch, number: int) -> None:
+    if counted != document.counted_bytes:
         raise DataError(
-            f"the tokens of the document {text[:40]!r} count {counted} bytes, its normalised text has {text_bytes}",
-            hint="take a tokenizer with byte fallback, without dummy prefix and with collapsed spaces",
+            f"{batch.place(number)}: the tokens of this document count {counted} bytes, its normalised text has "
+            f"{document.counted_bytes}: {batch.texts()[number][:40]!r}",
+            hint="take a tokenizer with byte fallback and without user-defined symbols that change the text",
         )
 
 
@@ -304,6 +333,9 @@ class Prepared:
     """What `prepare` did."""
 
     manifest: Manifest
+    raw_bytes: dict[str, int]
+    """Bytes of each split's documents as they were given."""
+
     is_new: bool
     """False where the same data set stood there already."""
 
@@ -314,23 +346,28 @@ def prepare(recipe: Recipe, out: Path, *, say: Say) -> Prepared:
     progress = Progress(say)
     say(f"reading {', '.join(recipe.corpus)}")
     _require_model(recipe)
-    documents = Documents(recipe, Normalizer(recipe.tokenizer))
+    documents = Documents(recipe)
     documents.survey(progress)
     say(
-        f"{len(documents.hashes):,} documents, {documents.text_bytes:,} bytes; "
+        f"{documents.count:,} documents, {documents.raw_bytes:,} bytes, {documents.counted_bytes:,} of them counted; "
         f"left out: {documents.duplicates} duplicates, {documents.empty} empty"
     )
     try:
         with _staging(out) as folder:
             if (existing := _existing(out, documents)) is not None:
                 say(f"{out}: this data set is there already; left as it is")
-                return Prepared(manifest=existing, is_new=False)
+                return Prepared(manifest=existing, raw_bytes=_raw_bytes(DataDir(out)), is_new=False)
             manifest = _make(folder, documents, progress)
             os.rename(folder.root, out)
     except OSError as error:
         raise storage_error(error, out) from error
     say(f"{out}: done")
-    return Prepared(manifest=manifest, is_new=True)
+    return Prepared(manifest=manifest, raw_bytes=_raw_bytes(DataDir(out)), is_new=True)
+
+
+def _raw_bytes(folder: DataDir) -> dict[str, int]:
+    listed = read_listing(folder)
+    return {split: sum(entry.raw_bytes for entry in listed[split]) for split in SPLITS}
 
 
 def _require_model(recipe: Recipe) -> None:
@@ -342,8 +379,7 @@ def _make(folder: DataDir, documents: Documents, progress: Progress) -> Manifest
     recipe = documents.recipe
     if recipe.tokenizer is None:
         progress.say(f"training a tokenizer of {recipe.vocab_size} pieces")
-        texts = (text for split, text, _ in documents if split == TRAIN)
-        folder.tokenizer.write_bytes(train_tokenizer(texts, recipe.vocab_size))
+        folder.tokenizer.write_bytes(train_tokenizer(documents.training_texts(), recipe.vocab_size))
     else:
         folder.tokenizer.write_bytes(recipe.tokenizer.read_bytes())
     progress.say("encoding")
@@ -367,9 +403,10 @@ def recipe_record(documents: Documents) -> dict[str, Any]:
     recipe = documents.recipe
     return {
         "documents_sha256": documents.digest,
-        "documents": len(documents.hashes),
+        "documents": documents.count,
         "duplicates": documents.duplicates,
         "empty": documents.empty,
+        "raw_bytes": documents.raw_bytes,
         "vocab_size": recipe.vocab_size,
         "tokenizer": sha256_of(recipe.tokenizer) if recipe.tokenizer else TOKENIZER_SETTINGS,
         "sentencepiece": sentencepiece.__version__,

@@ -1,6 +1,6 @@
 """The files of a run directory: the one contract between the planes. Standard library only.
 
-    runs/<run_id>/spec.json, train_gpt.py              orchestrator, before launch, never changed
+    runs/<run_id>/spec.json, train_gpt.py, source.bin  orchestrator, before launch, never changed
     runs/<run_id>/attempts/N/job.json                  orchestrator, at submission
     runs/<run_id>/attempts/N/claim.json, env.json      worker, when the job starts
     runs/<run_id>/attempts/N/stop                      orchestrator: please stop (an empty file)
@@ -37,6 +37,7 @@ POST_EMA, ROUNDTRIP, SLIDING, TTT = STAGES = ("post_ema", "roundtrip", "sliding"
 
 # Kinds of event.
 START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpoint", "warning"
+SCORED, LEARNED = "scored", "learned"  # of a chunk of positions: its score is fixed; later chunks may depend on it
 
 # Names of values in a metric event that the control plane reads.
 TRAIN_LOSS = "train_loss"
@@ -123,6 +124,10 @@ class RunDir:
         return self.root / "artifact.bin"
 
     @property
+    def source(self) -> Path:  # the model file of another run, where this one only scores it
+        return self.root / "source.bin"
+
+    @property
     def weights(self) -> Path:  # final averaged weights, unquantised, in the flat format
         return self.root / "checkpoint" / "weights.bin"
 
@@ -150,6 +155,7 @@ class RunDir:
 TRAIN, VALIDATION = SPLITS = ("train", "val")
 
 DATA_FORMAT = 1
+VARIANT = "variant"  # key of a recipe that names a published export; a data set prepared from text has none
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class DataDir:
         return self.root / "tokenizer.model"
 
     @property
-    def documents(self) -> Path:  # a line a document, split and SHA-256 of its normalised text: proves disjointness
+    def documents(self) -> Path:  # a line a document: split, SHA-256 of its scored text, raw bytes, counted bytes
         return self.root / "documents.txt"
 
     def shard(self, split: str, number: int) -> Path:
@@ -176,7 +182,7 @@ class DataDir:
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One file of tokens; a document never crosses two."""
+    """One file of tokens; a document crosses two only in a published export."""
 
     file: str
     tokens: int
@@ -185,7 +191,7 @@ class Shard:
 
     sha256: str
     first_document: int
-    """Number of its first document within the split."""
+    """Documents of the split that begin before it."""
 
     documents: int
 
@@ -234,6 +240,12 @@ class Spec:
     bundle_sha256: str
     code: dict[str, str]
     """`git_sha` of the orchestrator's checkout and `diff_sha256` of its uncommitted changes, where there is one."""
+
+    source: str = ""
+    """Run whose model file is scored again, where nothing is trained; empty for a run that trains."""
+
+    source_sha256: str = ""
+    """Of that model file."""
 
     study: str = ""
     """Study that asked first; another may ask for the same run and is told the same result."""
@@ -284,8 +296,11 @@ class Result:
     """Seconds of each phase, on the one clock from process start."""
 
     scores: dict[str, Score] = field(default_factory=dict)
+    chains: dict[str, str] = field(default_factory=dict)
+    """Last link of each stage's chain of scored chunks: binds the score to the events, and both to the artifact."""
+
     parity_nats: float | None = None
-    """First TTT chunk before any update minus the sliding score of the same tokens, nats per token."""
+    """First TTT chunk before any update minus what the plain network gives the same tokens, nats per token."""
 
     bundle_bytes: int = 0
     model_bytes: int = 0
@@ -551,3 +566,32 @@ class EventLog:
     def metrics(self, step: int, train_seconds: float, **values: float) -> None:
         """Append the values measured at one step."""
         self.emit(METRIC, step=step, train_seconds=round(train_seconds, 4), values=values)
+
+
+def first_link(stage: str, artifact_sha256: str) -> str:
+    """What a stage's chain of scored chunks begins with."""
+    return hashlib.sha256((stage + artifact_sha256).encode()).hexdigest()
+
+
+def next_link(link: str, record: Mapping[str, object]) -> str:
+    """SHA-256 of the link before and of a chunk's record as canonical JSON, in which a float keeps every digit."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256((link + text).encode()).hexdigest()
+
+
+class ScoreChain:
+    """Puts the chunks of one stage into the log in the order in which they are scored and learned from."""
+
+    def __init__(self, log: EventLog, stage: str, artifact_sha256: str) -> None:
+        self.log, self.stage = log, stage
+        self.link = first_link(stage, artifact_sha256)
+
+    def scored(self, chunk: int, first: int, last: int, **sums: object) -> None:
+        """Fix the sums over positions first ... last - 1 of all processes. Raises StorageError."""
+        record = {"stage": self.stage, "chunk": chunk, "first": first, "last": last, **sums}
+        self.link = next_link(self.link, record)
+        self.log.emit(SCORED, **record, chain=self.link)
+
+    def learned(self, chunk: int, first: int, last: int) -> None:
+        """Note that what is scored from here on may depend on these positions. Raises StorageError."""
+        self.log.emit(LEARNED, stage=self.stage, chunk=chunk, first=first, last=last)

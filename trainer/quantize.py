@@ -16,6 +16,7 @@ from trainer.gptq import (
     SMALLEST_SCALE,
     Grid,
     Quantized,
+    as_scales,
     largest_integer,
     quantize_matrices,
     remaining_error,
@@ -95,8 +96,8 @@ def unclipped(model: Model, steps: Mapping[str, Tensor], factor: float = 1.0) ->
     scales = {}
     for name, weight in model.named_parameters():
         if name in steps:
-            smallest_M = weight.detach().float().abs().amax(1) / largest_integer(FISHER_BITS)
-            scales[name] = torch.maximum(steps[name] * factor, smallest_M).clamp_min(SMALLEST_SCALE).half()
+            smallest_M = weight.detach().float().abs().amax(1) / (largest_integer(FISHER_BITS) - 1)
+            scales[name] = as_scales(torch.maximum(steps[name] * factor, smallest_M))
     return scales
 
 

@@ -1,19 +1,21 @@
-"""Score-first test-time training: what the weights do with a chunk after the judge has scored it. #461, #549, #1326."""
+"""Score-first test-time training: what learns from positions after the judge has scored them. #461, #1326, #1341, #1530."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config import TTTConfig
 from trainer.distributed import World
 from trainer.errors import CaddieError
 from trainer.evaluate import Stream
 from trainer.graphs import Recorded
+from trainer.lora import LoRA
 from trainer.model import Model
-from trainer.optim import Gradients
+from trainer.optim import CLIP_EPS, Gradients
 
 PARITY_TOLERANCE = 1e-4  # nats per token: above rounding between two forward paths, far below a broken one (#1334: 0.6)
 
@@ -27,20 +29,46 @@ def chunk_lr(base_lr: float, chunk: int, chunks: int) -> float:
     return base_lr * 0.5 * (1 + math.cos(math.pi * chunk / max(1, chunks - 1)))
 
 
-def require_parity(sliding_loss: float, ttt_loss: float) -> float:
-    """First-chunk loss of TTT before any update minus the sliding one, nats per token; raises ParityError if not equal."""
-    difference = ttt_loss - sliding_loss
+def require_parity(plain_loss: float, ttt_loss: float) -> float:
+    """First-chunk loss of TTT before any update minus the plain one, nats per token; raises ParityError if not equal."""
+    difference = ttt_loss - plain_loss
     if not abs(difference) <= PARITY_TOLERANCE:
         raise ParityError(
-            f"first TTT chunk, before any update, scores {ttt_loss:.6f} nats per token, sliding evaluation {sliding_loss:.6f} "
+            f"first TTT chunk, before any update, scores {ttt_loss:.6f} nats per token, plain evaluation {plain_loss:.6f} "
             f"on the same tokens; they must agree to {PARITY_TOLERANCE}",
             hint="the two forward paths differ; no TTT score of this model means anything",
         )
     return difference
 
 
-class SGDAdapter:
-    """SGD with momentum on all weights that are not frozen; every process ends a chunk with the same weights."""
+def learners(model: Model, config: TTTConfig, *, recurrent: bool, adapters: int, device: torch.device) -> list[nn.Parameter]:
+    """What learns; all else is frozen. Under `lora`, so many adapters side by side are put into the model."""
+    if config.method == "lora":
+        model.requires_grad_(False)
+        model.lora = LoRA(model.config, model.layer_order(recurrent), config, adapters=adapters, device=device)
+        return model.lora.parameters
+    if config.parameters == "query":
+        model.requires_grad_(False)
+        for block in model.blocks:
+            block.attention.query.requires_grad_(True)
+    for block in model.blocks[: config.frozen_blocks]:
+        block.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def optimizer_of(weights: list[nn.Parameter], config: TTTConfig) -> torch.optim.Optimizer:
+    """The rule by which these learn, with nothing remembered yet."""
+    rule = config.lora_optimizer if config.method == "lora" else config.method
+    if rule == "adamw":
+        return torch.optim.AdamW(
+            weights, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+            weight_decay=config.weight_decay, fused=weights[0].is_cuda,
+        )  # fmt: skip
+    return torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum)
+
+
+class ChunkAdapter:
+    """Learns from chunk to chunk; every process ends a chunk with the same weights."""
 
     def __init__(
         self,
@@ -54,16 +82,14 @@ class SGDAdapter:
     ) -> None:
         self.model, self.stream, self.config, self.length = model, stream, config, length
         self.recurrent, self.world = recurrent, world
-        for block in model.blocks[: config.frozen_blocks]:
-            block.requires_grad_(False)
-        self.weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.gradients = Gradients([], self.weights, world)
-        self.sgd = torch.optim.SGD(self.weights, lr=config.lr, momentum=config.momentum)
+        weights = learners(model, config, recurrent=recurrent, adapters=1, device=world.device)
+        self.gradients = Gradients([], weights, world)
+        self.optimizer = optimizer_of(weights, config)
         self.accumulate = Recorded(self._accumulate, is_pure=False)
 
     def learn(self, first: int, last: int, *, chunk: int, chunks: int) -> None:
         """A few epochs over the chunk, cut into non-overlapping sequences."""
-        self.sgd.param_groups[0]["lr"] = chunk_lr(self.config.lr, chunk, chunks)
+        self.optimizer.param_groups[0]["lr"] = chunk_lr(self.config.lr, chunk, chunks)
         starts = torch.arange(first, last - self.length + 1, self.length, device=self.stream.tokens_N.device)
         for _ in range(self.config.epochs):
             for batch in starts.split(self.config.batch_sequences):
@@ -80,11 +106,54 @@ class SGDAdapter:
                     self.accumulate.record(tokens, torch.zeros((), device=starts.device))
                 self.accumulate(tokens, torch.full((), share, device=starts.device))
         self.gradients.summed(self.config.grad_clip_norm)
-        self.sgd.step()
+        self.optimizer.step()
         self.gradients.all.zero_()
 
     def _accumulate(self, tokens_BT: Tensor, weight: Tensor) -> Tensor:
         """Add the gradient of `weight` times the sequences' mean loss to the gradients."""
         loss: Tensor = self.model(tokens_BT[:, :-1], tokens_BT[:, 1:], self.recurrent)
         loss.backward(weight)
+        return loss.detach()
+
+
+class DocumentAdapter:
+    """Learns from several documents side by side, each by an adapter of its own that ends with it."""
+
+    def __init__(self, model: Model, *, config: TTTConfig, recurrent: bool, world: World) -> None:
+        self.model, self.config, self.recurrent = model, config, recurrent
+        self.weights = learners(
+            model, config, recurrent=recurrent, adapters=config.batch_documents, device=world.device
+        )
+        self.gradients = Gradients([], self.weights, replace(world, rank=0, size=1))  # nothing to share with others
+        self.accumulate = Recorded(self._accumulate, is_pure=False)
+        self.recorded: set[torch.Size] = set()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what earlier documents left: adapters and optimiser start anew."""
+        assert self.model.lora is not None, "learners made it"
+        self.model.lora.reset()
+        self.optimizer = optimizer_of(self.weights, self.config)
+
+    def learn(self, tokens_BT: Tensor, targets_BT: Tensor, learns_B: Tensor, *, scored: int) -> None:
+        """One step of each document that learns, on the mean loss of its last `scored` targets."""
+        with torch.enable_grad():
+            if tokens_BT.is_cuda and tokens_BT.shape not in self.recorded:
+                self.recorded.add(tokens_BT.shape)
+                self.accumulate.record(tokens_BT, targets_BT, torch.zeros_like(learns_B), scored=scored)
+            self.accumulate(tokens_BT, targets_BT, learns_B, scored=scored)
+        self.optimizer.step()
+        self.gradients.all.zero_()
+
+    def _accumulate(self, tokens_BT: Tensor, targets_BT: Tensor, weights_B: Tensor, *, scored: int) -> Tensor:
+        """Add each document's gradient, times its weight and clipped, to the gradients of its adapter."""
+        nats_BS = self.model.nats(tokens_BT, targets_BT, recurrent=self.recurrent, scored=scored)
+        loss = (nats_BS.mean(1) * weights_B).sum()
+        loss.backward()
+        if self.config.grad_clip_norm:
+            gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+            norms_P = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0).sqrt()
+            factors_P11 = (self.config.grad_clip_norm / (norms_P + CLIP_EPS)).clamp(max=1.0)[:, None, None]
+            for gradient in gradients:
+                gradient *= factors_P11
         return loss.detach()

@@ -20,7 +20,7 @@ from trainer.model import Model
 from trainer.muon import newton_schulz
 from trainer.protocol import read_lines
 from trainer.train import Network
-from trainer.ttt import PARITY_TOLERANCE, SGDAdapter, require_parity
+from trainer.ttt import PARITY_TOLERANCE, ChunkAdapter, require_parity
 
 pytestmark = [
     pytest.mark.gpu,
@@ -218,7 +218,7 @@ def test_the_first_chunk_of_ttt_scores_as_sliding_evaluation_does(is_recorded):
 
     def score(adapts):
         model = wide_model().eval()
-        adapter = SGDAdapter(model, text, config=ttt, length=LENGTH, recurrent=True, world=world) if adapts else None
+        adapter = ChunkAdapter(model, text, config=ttt, length=LENGTH, recurrent=True, world=world) if adapts else None
         return evaluate(
             Recorded(model.nats, is_pure=True) if is_recorded else model.nats, text, windows,
             config=EvaluationConfig(sequence_length=LENGTH, stride=4, batch_windows=8), recurrent=True, world=world,

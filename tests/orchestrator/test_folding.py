@@ -82,7 +82,10 @@ FOLDS = [
     ("return model.tie_embeddings * (model.qk_gain + 1)", {}, "return False * (model.qk_gain + 1)"),
     ("return (model.skips == 'off') * model.rope_dims", {}, "return 0"),
     ("return f'{1 if model.qk_norm else 2}'", {}, "return f'{1 if model.qk_norm else 2}'"),
+    ("return (config is model) and model.qk_norm", {}, "return (config is model)"),
+    ("return model.layers and model.qk_norm", {}, "return model.layers and True"),
     # statements
+    ("for _ in range(model.tie_embeddings * model.rope_dims):\n        print()\n    return 1", {}, "return 1"),
     ("if model.qk_norm:\n        return 1\n    return 2", {}, "return 1"),
     ("if model.qk_norm:\n        return 1\n    return 2", {"qk_norm": False}, "return 2"),
     ("if model.qk_norm: return 1\n    else: return 2", {}, "return 1"),
@@ -173,6 +176,20 @@ def test_choices_are_followed_through_calls_and_attributes(knobs):
     assert "doubles" not in found and "flag" not in found and "word" not in found
 
 
+def test_a_function_that_returns_what_is_known_is_known():
+    source = (
+        "def steps(config: Config, number: int) -> int:\n"
+        "    return config.model.rope_dims if config.model.qk_norm else 0 * number\n"
+        "class Box:\n    def __init__(self, config: Config) -> None:\n"
+        "        self.steps, self.size = steps(config, 2), 5\n        self.unread = config.model.layers\n"
+        "def main(config: Config) -> object:\n    for _ in range(steps(config, 3)):\n        print(end='')\n"
+        "    return Box(config).size\n"
+    )
+    assert run(folded(source, qk_norm=False), qk_norm=False) == run(source, qk_norm=False) == 5
+    assert "print" not in folded(source, qk_norm=False) and "print" in folded(source)
+    assert "unread" not in folded(source) and "self.size = 5" in folded(source, qk_norm=False)
+
+
 def test_a_function_that_is_handed_on_keeps_its_parameters():
     source = (
         "def helper(number: int, flag: bool = False) -> int:\n    return number if flag else -number\n"
@@ -244,7 +261,7 @@ OFF = {
     "model.qk_norm": False, "model.qk_gain": 0.0, "model.rope_dims": 0, "model.value_embedding_dim": 0,
     "model.residual_mix": False, "model.skips": "plain", "model.tie_embeddings": False, "model.recurrence_passes": 0,
     "model.parallel_start_layer": -1, "model.ln_scale": False, "model.logit_softcap": 0.0, "optim.ema_decay": 0.0,
-    "optim.grad_clip_norm": 0.0, "optim.muon_row_normalize": False, "quant.method": "rtn", "quant.clip": "std",
+    "optim.grad_clip_norm": 0.0, "optim.muon_row_normalize": False, "quant.method": "rtn",
     "ttt.method": "off", "schedule.clock": "step", "runtime.device": "cpu",
 }  # fmt: skip
 

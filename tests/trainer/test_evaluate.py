@@ -44,14 +44,14 @@ def stream_of(tokens):
 @pytest.mark.parametrize(("length", "stride"), [(8, 4), (8, 8), (8, 1), (8, 3)])
 def test_windows_score_every_position_once_with_all_the_context_that_fits(positions, length, stride):
     windows = plan_windows(positions, length=length, stride=stride)
-    scored = [p for b, e in zip(windows.begins_W.tolist(), windows.ends_W.tolist(), strict=True) for p in range(b, e)]
+    scored = [p for _, begin, end in windows.places_3W.T.tolist() for p in range(begin, end)]
     assert scored == list(range(positions))
     assert windows.length == min(length, positions)
 
 
 def test_the_number_of_windows_is_the_published_one():
     # sp4096: 45,508,608 positions, length 2,048, stride 64; the scripts with 31 tail windows print 711,072
-    assert len(plan_windows(45_508_608, length=2048, stride=64).ends_W) == 711_041
+    assert len(plan_windows(45_508_608, length=2048, stride=64).places_3W.T) == 711_041
 
 
 @pytest.mark.parametrize("tokens", [6, 9, 30, 101])
@@ -157,15 +157,17 @@ def test_running_scores_are_few_and_the_last_one_is_told(chunks):
 
 def test_a_position_scored_twice_is_refused():
     tally = Tally(stream_of(5))
-    tally.commit(torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4))
-    tally.commit(torch.tensor([[2]]), torch.ones(1, 1))
+    tally.begin_round()
+    tally.commit(torch.tensor([[0, 1, 2, 3]]), torch.ones(1, 4), torch.ones(1, 4) == 1)
+    tally.commit(torch.tensor([[2, 3]]), torch.ones(1, 2), torch.tensor([[True, False]]))
     with pytest.raises(JudgeError, match="position 2 of 4 was scored 2 times"):
         tally.finish(ALONE, 0.0)
 
 
 def test_a_position_never_scored_is_refused():
     tally = Tally(stream_of(5))
-    tally.commit(torch.tensor([[0, 1, 3]]), torch.ones(1, 3))
+    tally.begin_round()
+    tally.commit(torch.tensor([[0, 1, 3]]), torch.ones(1, 3), torch.ones(1, 3) == 1)
     with pytest.raises(JudgeError, match="position 2 of 4 was scored 0 times"):
         tally.finish(ALONE, 0.0)
 

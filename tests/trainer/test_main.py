@@ -160,7 +160,7 @@ def test_a_damaged_model_file_ends_a_recheck_in_our_own_words(finished, tmp_path
     content[len(content) // 2] ^= 1
     lone.artifact.write_bytes(content)
     done = recheck(lone.root, prepared)
-    assert done.returncode == 4
+    assert done.returncode == 5
     assert done.stderr.startswith("error: ")
     assert "artifact.bin" in done.stderr
     assert not lone.recheck.exists()

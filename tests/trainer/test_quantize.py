@@ -135,9 +135,9 @@ def test_no_step_is_so_small_that_its_row_is_clipped(model, found):
     parameters = dict(model.named_parameters())
     for name in found.information:
         tensor = rounded.tensors[name]
-        assert int(tensor.integers_MN.abs().max()) == 127
+        assert int(tensor.integers_MN.abs().max()) in (125, 126, 127)
         difference = (tensor.dequantize() - parameters[name].detach()).abs()
-        assert (difference <= 0.57 * tensor.scales_M.float()[:, None]).all()  # half a step, and float16's share of 127
+        assert (difference <= 0.501 * tensor.scales_M.float()[:, None]).all()
 
 
 def sampled(model, sequences, length):

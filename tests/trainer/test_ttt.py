@@ -6,7 +6,7 @@ import torch
 from tests.trainer.tiny import ALONE, LENGTH, random_model, random_tokens
 from trainer.config import EvaluationConfig, TTTConfig
 from trainer.evaluate import Stream, evaluate, plan_windows
-from trainer.ttt import ParityError, SGDAdapter, chunk_lr, require_parity
+from trainer.ttt import ChunkAdapter, ParityError, chunk_lr, require_parity
 
 EVALUATION = EvaluationConfig(sequence_length=LENGTH, stride=4, batch_windows=8)
 TTT = TTTConfig(chunk_tokens=32, lr=0.05, epochs=2, batch_sequences=2)
@@ -28,7 +28,7 @@ def score(model, stream, adapter=None):
 
 
 def adapter_of(model, stream, config=TTT):
-    return SGDAdapter(model, stream, config=config, length=LENGTH, recurrent=True, world=ALONE)
+    return ChunkAdapter(model, stream, config=config, length=LENGTH, recurrent=True, world=ALONE)
 
 
 def test_first_chunk_scores_as_without_adaptation_and_later_ones_better(stream):
@@ -122,7 +122,7 @@ def test_learning_rate_is_a_cosine_over_chunks():
 
 @pytest.mark.parametrize("ttt_loss", [1.7613, 1.7609, math.nan])
 def test_two_paths_that_score_differently_are_refused(ttt_loss):
-    with pytest.raises(ParityError, match="sliding evaluation 1.761100 on the same tokens") as caught:
+    with pytest.raises(ParityError, match="plain evaluation 1.761100 on the same tokens") as caught:
         require_parity(1.7611, ttt_loss)
     assert "forward paths differ" in caught.value.hint
 
