@@ -21,7 +21,6 @@ from orchestrator.errors import CaddieError, ConfigError, DataError, MachineErro
 from orchestrator.home import Home
 from trainer.protocol import (
     VALIDATION,
-    VARIANT,
     DataDir,
     Manifest,
     Shard,
@@ -130,7 +129,7 @@ def require_sound(data: PreparedData) -> None:
     if problem is not None:
         raise DataError(
             problem,
-            hint=f"put the file back, or move {data.root} away and prepare the data set again; "
+            hint=f"put the file back, or move {data.root} away and fetch or prepare the data set again; "
             "caddie data verify tells all that is wrong",
         )
 
@@ -178,8 +177,10 @@ class Request:
             raise ConfigError(f"train_shards must be at least 1, got {self.train_shards}", hint="--train-shards 1")
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the data set's content, as the manifest keeps it; a file's hashes stand there as well."""
-        return {VARIANT: self.variant, "repo": self.repo, "train_shards": self.train_shards, "prefix": self.prefix}
+        """What is asked for, as the manifest keeps it."""
+        return {
+            "variant": self.variant, "repo": self.repo, "train_shards": self.train_shards, "prefix": self.prefix
+        }  # fmt: skip
 
 
 def known_repository(variant: str) -> str:
@@ -224,19 +225,12 @@ def fetch(request: Request, out: Path, say: Callable[[str], None]) -> dict[str, 
 
 
 def _adopt(folder: DataDir, request: Request, export: hub.Export, files: dict[str, str]) -> dict[str, Any]:
-    """Count what was fetched and write the manifest; raises DataError where the publisher's totals are others."""
-    recipe = {**request.recipe(), "commit": export.commit, "files": files}
-    source = f"{export.name} of {export.repo} at {export.commit[:10]}"
-    outcome = _trainer(["adopt", str(folder.root), "--source", source, "--recipe", json.dumps(recipe)])
-    validation = outcome["splits"][VALIDATION]
-    for key, counted in (("docs_val", validation["documents"]), ("tokens_val", validation["tokens"])):
-        if export.stated.get(key, counted) != counted:
-            folder.manifest.unlink()
-            raise DataError(
-                f"{export.repo}: its manifest says {key} {export.stated[key]:,}, the validation shards have {counted:,}",
-                hint="the export is not whole: name another --repo or --revision",
-            )
-    return outcome
+    """Let the trainer count what was fetched and write the manifest; what it comes to."""
+    recipe = {"asked": request.recipe(), "commit": export.commit, "files": files}
+    return _trainer([
+        "adopt", str(folder.root), "--variant", export.variant, "--stated", json.dumps(export.stated),
+        "--source", f"{export.name} of {export.repo} at {export.commit[:10]}", "--recipe", json.dumps(recipe),
+    ])  # fmt: skip
 
 
 def _fetched(request: Request, out: Path) -> dict[str, Any] | None:
@@ -247,9 +241,8 @@ def _fetched(request: Request, out: Path) -> dict[str, Any] | None:
             raise DataError(f"{out}: exists and is not a data set", hint=hint)
         return None
     manifest = manifest_of(out).manifest
-    asked = request.recipe()
-    is_same = {key: manifest.recipe.get(key) for key in asked} == asked
-    if not is_same or request.revision not in (None, "main", manifest.recipe.get("commit")):
+    revisions = (None, "main", manifest.recipe.get("commit"))
+    if manifest.recipe.get("asked") != request.recipe() or request.revision not in revisions:
         raise DataError(f"{out}: another data set is there: {manifest.source}", hint=hint)
     splits = {
         name: {

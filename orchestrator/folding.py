@@ -92,8 +92,9 @@ def choices(config: Config) -> dict[str, str]:
 
 
 def fold(sources: Mapping[str, str], chosen: Mapping[str, str], *, entry: str, table_in: str) -> dict[str, str]:
-    """The sources of a closed set of modules, by dotted name, with the choices folded in. `entry` is called from outside; `table_in`
-    is the module that holds FOLDED.
+    """The sources of a closed set of modules, by dotted name, with the choices folded in.
+
+    `entry` is the function that is called from outside; `table_in` is the module that holds FOLDED.
 
     Raises CaddieError where something sets attributes in a way that is not looked for here, or the table is missing.
     """

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from orchestrator.errors import CaddieError, DataError, MachineError, StorageError
-from trainer.protocol import TRAIN, VALIDATION, storage_error
+from trainer.protocol import TRAIN, VALIDATION, DataDir, storage_error
 
 REPOSITORIES = {
     "sp1024": "willdepueoai/parameter-golf",
@@ -43,6 +43,7 @@ WAIT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})  # of a server that
 SHARD = re.compile(
     r"(?:.*/)?(?P<name>fineweb[^/_]*_(?P<variant>[^/]+))/fineweb_(?P<split>train|val)_(?P<number>\d+)\.bin"
 )
+MANIFEST = DataDir(Path()).manifest.name  # publishers call theirs as we call ours
 SIDE_CAR = "fineweb_val_bytes_"  # begins the name of a file with each target's bytes, where a table does not give them
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class Export:
     shards: Mapping[str, Sequence[HubFile]]
     """By split; of the training split those that were asked for."""
 
-    stated: Mapping[str, int]
+    stated: dict[str, int]
     """What the publisher's manifest says of it: `docs_val`, `tokens_val` and the like."""
 
 
@@ -168,7 +169,7 @@ def root_of(found: Repository, variant: str, prefix: str | None) -> str:
 
 def manifest_file(found: Repository, root: str) -> HubFile | None:
     """The publisher's manifest of an export, where there is one."""
-    return found.files.get(_under(root, "manifest.json"))
+    return found.files.get(_under(root, MANIFEST))
 
 
 def _shards(found: Repository) -> Iterator[tuple[str, re.Match[str]]]:

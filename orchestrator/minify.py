@@ -2,8 +2,8 @@
 
 Taken out: comments, documenting strings, annotations that nothing looks at (a field's becomes `0`), definitions that
 nothing in the bundle names, imports that are then unused, assertions (as `python -O` does) and the `strict` of a `zip`,
-which is one, and white space. Names of our own are shortened (`short_names` says which). Statements stay on the lines on which they begin, so a
-traceback of the bundle points into the readable source.
+which is one, and white space. Names of our own are shortened (`short_names` and `short_attributes` say which). Statements
+stay on the lines on which they begin, so a traceback of the bundle points into the readable source.
 
 Taken on trust, where the caller says so: what a program is given by one that has already checked it.
 

@@ -15,13 +15,15 @@ from orchestrator.bundle import MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = {"trainer.errors", "trainer.protocol", "trainer.config"}  # standard library only
-HEAVY = {"torch", "mlflow", "optuna", "pandas", "rich", "plotly", "submitit", "scipy"}
+HEAVY = {"torch", "huggingface_hub", "mlflow", "optuna", "pandas", "rich", "plotly", "submitit", "scipy"}
 
 # Which modules may import an outside library. Each library of the orchestrator has one; the trainer's are its own.
 OWNERS = {
     "brotli": {"orchestrator.bundle"},
     "optuna": {"orchestrator.search"},
     "submitit": {"orchestrator.launcher"},
+    "huggingface_hub": {"orchestrator.hub"},
+    "httpx2": {"orchestrator.hub"},  # comes with it; its errors are this one's
     "mlflow": {"orchestrator.tracking"},
     "rich": {"orchestrator.progress"},
     "plotly": {"orchestrator.charts"},

@@ -1,4 +1,5 @@
-"""`python -m trainer prepare|adopt|verify-data`: the heavy part of `caddie data`, in the trainer's own process.
+"""`python -m trainer prepare|adopt|verify-data|audit`: the heavy part of `caddie data` and `caddie audit`, in the trainer's
+own process.
 
 With `--json` the last line of stdout is one object: the outcome, or an error with its kind and hint.
 """
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import CaddieError, DataError
-from trainer.protocol import Manifest
+from trainer.protocol import Manifest, RunDir
 
 INTERRUPTED = 130  # the shell's exit code after Ctrl-C
 
@@ -34,13 +35,20 @@ def parser() -> argparse.ArgumentParser:
     prepare.add_argument("--processes", type=int, metavar="N")
     adopt = commands.add_parser("adopt", help="count published shards and write their manifest")
     adopt.add_argument("data_dir", type=Path, metavar="DIR")
+    adopt.add_argument("--variant", required=True, metavar="NAME")
     adopt.add_argument("--source", required=True, metavar="TEXT", help="where they come from, in words")
-    adopt.add_argument("--recipe", type=json.loads, required=True, metavar="JSON")
+    adopt.add_argument("--recipe", type=json.loads, required=True, metavar="JSON", help="how they were chosen")
+    adopt.add_argument("--stated", type=json.loads, default={}, metavar="JSON", help="the publisher's totals")
     verify = commands.add_parser("verify-data", help="read a data set again and compare it with its manifest")
     verify.add_argument("data_dir", type=Path, metavar="DIR")
     verify.add_argument("--corpus", nargs="+", default=[], metavar="pydoc|FILE")
     verify.add_argument("--processes", type=int, metavar="N")
-    for command in (prepare, adopt, verify):
+    audit = commands.add_parser("audit", help="probe a run's stored model on a sample of its validation split")
+    audit.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    audit.add_argument("--data", type=Path, required=True, metavar="DIR")
+    audit.add_argument("--sample", type=int, required=True, metavar="N", help="positions that whole evaluations score")
+    audit.add_argument("--seed", type=int, required=True, metavar="N", help="of everything that is drawn")
+    for command in (prepare, adopt, verify, audit):
         command.add_argument("--json", action="store_true", help="the outcome as one JSON object on stdout")
     return top
 
@@ -53,13 +61,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "verify-data":
         found = verification.verify(arguments.data_dir, say=say, corpus=arguments.corpus, processes=arguments.processes)
         return {"data": str(arguments.data_dir), **dataclasses.asdict(found)}
+    if arguments.command == "audit":
+        from trainer import audit
+
+        sampling = audit.Sampling(arguments.sample, arguments.seed)
+        return audit.audit(RunDir(arguments.run_dir.resolve()), arguments.data, sampling=sampling, say=say)
     if arguments.command == "adopt":
-        manifest, compared = publication.adopt(
-            arguments.data_dir, source=arguments.source, recipe=arguments.recipe, say=say
-        )
-        return {
-            "data": str(arguments.data_dir), "notes": [compared] if compared else [], "splits": totals(manifest, {})
-        }  # fmt: skip
+        manifest, notes = publication.adopt(
+            arguments.data_dir, variant=arguments.variant, source=arguments.source, recipe=arguments.recipe,
+            stated=arguments.stated, say=say,
+        )  # fmt: skip
+        return {"data": str(arguments.data_dir), "notes": notes, "splits": totals(manifest, {})}
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(prepare.Recipe)}
     recipe = prepare.Recipe(**{name: value for name, value in given.items() if value is not None})
     prepared = prepare.prepare(recipe, arguments.out, say=say)
@@ -107,6 +119,8 @@ def tell(outcome: dict[str, Any]) -> None:
         print(f"error: {outcome['error']}", file=sys.stderr)
         if outcome["hint"]:
             print(f"hint: {outcome['hint']}", file=sys.stderr)
+    elif "probes" in outcome:
+        print(json.dumps(outcome, indent=1))
     elif not outcome.get("problems"):
         print(f"{outcome['data']}: sound" if "problems" in outcome else json.dumps(outcome["splits"]))
 

@@ -79,9 +79,9 @@ class Attention(nn.Module):
         split = heads * config.head_dim * (not is_whole)  # rows of a product of its own, for fewer queries than keys
         last = F.linear(x_BTD, qkv_ND[split:])
         if terms:
-            kv_width = groups * config.head_dim
-            targets = (("q", heads * config.head_dim), ("k", kv_width), ("v", kv_width))
-            last = terms.add_beside(targets[not is_whole :], last, x_BTD)
+            sizes = [heads * config.head_dim, groups * config.head_dim, groups * config.head_dim][not is_whole :]
+            parts = zip("qkv"[not is_whole :], last.split(sizes, dim=-1), strict=True)
+            last = torch.cat([terms.add(target, part, x_BTD) for target, part in parts], dim=-1)
         last = last.unflatten(-1, (-1, config.head_dim))
         gain = self.gain if is_whole or self.gain is None else self.gain[:0]
         added = None if value_embedding is None else value_embedding.unflatten(-1, (groups, config.head_dim))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.config import TTTConfig
 from trainer.distributed import World
-from trainer.evaluate import OnChunk, Scorer, Stream, Tally, is_heard
+from trainer.evaluate import OnChunk, Scorer, Stream, Tally, tell
 from trainer.protocol import Score, ScoreChain
 
 # Dimensions: D documents of the split, B documents side by side, T tokens of a row, S positions scored of it, its last.
@@ -82,15 +82,16 @@ class Documents:
 
 def evaluate_documents(
     scorer: Scorer, documents: Documents, *, adapter: PrivateAdapter | None = None, chain: ScoreChain | None = None,
-    on_chunk: OnChunk | None = None,
+    on_chunk: OnChunk | None = None, tally: Tally | None = None,
 ) -> Score:  # fmt: skip
     """Score every position of the split once; a chunk of the chain is a batch of documents, round by round.
 
     A round is committed before an adapter may learn from it. What it learned is no longer there when the next chunk
-    begins, so that the chain notes no learning. The device is waited for once a chunk. Raises JudgeError.
+    begins, so that the chain notes no learning. The device is waited for once a chunk. A new tally may be given, for one
+    that also keeps what it counts. Raises JudgeError.
     """
     started, batches = time.perf_counter(), documents.batches
-    tally, last = Tally(documents.stream), 0
+    tally, last = tally or Tally(documents.stream), 0
     for number, (begins_B, ends_B) in enumerate(batches):
         if adapter is not None:
             adapter.begin()
@@ -101,7 +102,6 @@ def evaluate_documents(
                 adapter.learn(tokens, targets, learns, scored=documents.config.document_tokens)
         first, last = last, last + int((ends_B - begins_B).sum())
         tally.close(first, last, documents.world, chain)
-        if on_chunk and is_heard(number, len(batches)):
-            on_chunk(number, len(batches), tally.score(0.0).bpb)
+        tell(on_chunk, tally, number, len(batches))
     documents.world.synchronize()
     return tally.finish(documents.world, time.perf_counter() - started)

@@ -6,6 +6,7 @@ scored exactly once, and nats, tokens and bytes are counted at one place, in flo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -87,39 +88,38 @@ class Windows:
 
     def cut(self, chunk_tokens: int) -> Windows:
         """The same windows chunk by chunk, each scoring in one chunk alone, and in each chunk the whole ones first."""
-        _, begins_W, ends_W = self.places_3W
-        first_W = begins_W // chunk_tokens
-        parts_W = (ends_W - 1) // chunk_tokens - first_W + 1
-        window, part = _spread(parts_W)
-        low = (first_W[window] + part) * chunk_tokens
-        places = self.places_3W[:, window]
+        first_W = self.places_3W[1] // chunk_tokens
+        parts_W = (self.places_3W[2] - 1) // chunk_tokens - first_W + 1
+        window = torch.repeat_interleave(parts_W)
+        part = torch.arange(len(window)) - (parts_W.cumsum(0) - parts_W)[window]
+        low, places = (first_W[window] + part) * chunk_tokens, self.places_3W[:, window]
         places[1], places[2] = places[1].maximum(low), places[2].minimum(low + chunk_tokens)
         whole = Windows(self.length, self.stride, places).is_whole()
         return Windows(self.length, self.stride, places[:, torch.argsort(2 * low + ~whole, stable=True)])
 
 
-def _spread(counts_N: Tensor) -> tuple[Tensor, Tensor]:
-    """For so many items of each: whose each is, and its number among those."""
-    owner = torch.repeat_interleave(counts_N)
-    return owner, torch.arange(len(owner)) - (counts_N.cumsum(0) - counts_N)[owner]
+def plan_windows(positions: int, *, length: int, stride: int) -> Windows:
+    """Sliding windows over a split: the first scores all its positions, each later one its last `stride`.
 
-
-def plan_windows(positions: int, *, length: int, stride: int, documents_D: Tensor | None = None) -> Windows:
-    """Sliding windows over a split, or over each document that begins at one of these positions.
-
-    The first scores all its positions, each later one its last `stride`. The last one scores what is left, with full
-    context, so that no position is missed and none is scored twice. `stride == length` is the flat evaluation. No
-    window reads a token before the beginning of what it scores in; what it reads behind the end is not counted.
+    The last one scores what is left, with full context, so that no position is missed and none is scored twice.
+    `stride == length` is the flat evaluation.
     """
     length = min(length, positions)
-    stride = min(stride, length)
-    begins_D = torch.zeros(1, dtype=torch.int64) if documents_D is None else documents_D
-    ends_D = torch.cat((begins_D[1:], torch.tensor([positions])))
-    document, number = _spread(1 + (ends_D - begins_D - length).clamp(min=0).add(stride - 1) // stride)
-    begins, reached = begins_D[document], begins_D[document] + length + number * stride
-    ends = ends_D[document].minimum(reached)
-    later = torch.stack((ends - length, reached - stride, ends))
-    return Windows(length, stride, torch.where(number == 0, torch.stack((begins, begins, ends)), later))
+    ends = torch.arange(length, positions + stride, stride).clamp_(max=positions)
+    ends = ends[: int((ends < positions).sum()) + 1]
+    begins = torch.cat((torch.zeros(1, dtype=ends.dtype), ends[:-1]))
+    return Windows(length, min(stride, length), torch.stack((ends - length, begins, ends)))
+
+
+def plan_documents(begins_D: Tensor, positions: int, *, length: int, stride: int) -> Windows:
+    """The same over each document by itself: no window reads a token before the beginning of the document it scores in.
+
+    The one window of a short document reads on behind its end, of which nothing is counted.
+    """
+    plan = functools.cache(functools.partial(plan_windows, length=length, stride=stride))  # many are of one length
+    edges = itertools.pairwise([*begins_D.tolist(), positions])
+    places = [plan(end - begin).places_3W + begin for begin, end in edges]
+    return Windows(min(length, positions), min(stride, length, positions), torch.cat(places, dim=1))
 
 
 class Tally:
@@ -193,9 +193,10 @@ class Evaluation:
     """Nats per token of the first chunk's positions."""
 
 
-def is_heard(chunk: int, chunks: int) -> bool:
-    """Whether the running score after this chunk is told: of few chunks each one, of many some, and always the last."""
-    return (chunks - 1 - chunk) % (1 + chunks // RUNNING_SCORES) == 0
+def tell(on_chunk: OnChunk | None, tally: Tally, chunk: int, chunks: int) -> None:
+    """The score after a chunk, to whoever listens: of few chunks after each one, of many after some, and after the last."""
+    if on_chunk and (chunks - 1 - chunk) % (1 + chunks // RUNNING_SCORES) == 0:
+        on_chunk(chunk, chunks, tally.score(0.0).bpb)
 
 
 def _batches(whole_W: Tensor, first: int, last: int, *, batch: int, world: World) -> Iterator[tuple[int, int, bool]]:
@@ -212,16 +213,19 @@ def _batches(whole_W: Tensor, first: int, last: int, *, batch: int, world: World
 def evaluate(
     scorer: Scorer, stream: Stream, windows: Windows, *, config: EvaluationConfig, recurrent: bool, world: World,
     chunk_tokens: int, adapter: Adapter | None = None, chain: ScoreChain | None = None, on_chunk: OnChunk | None = None,
+    tally: Tally | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score every position of the split once, from left to right, chunk by chunk.
 
     With an adapter, each chunk but the last is handed to it after its score is committed, in the chain if there is one.
-    `on_chunk` hears the score so far now and then. The device is waited for once a chunk. Raises JudgeError.
+    `on_chunk` hears the score so far now and then; `tally` is the account, a fresh one if none is given. The device is
+    waited for once a chunk. Raises JudgeError.
     """
     started = time.perf_counter()
-    tally, device = Tally(stream), stream.tokens_N.device
+    tally, device = tally or Tally(stream), stream.tokens_N.device
     chunks = math.ceil(stream.positions / chunk_tokens)
-    windows = windows.cut(chunk_tokens)
+    if config.protocol == "documents":  # of the others no window scores in two chunks
+        windows = windows.cut(chunk_tokens)
     places_3W, whole_W = windows.places_3W.to(device), windows.is_whole()
     bounds = torch.searchsorted(windows.places_3W[1] // chunk_tokens, torch.arange(chunks + 1)).tolist()
     # One shape for all batches, and two numbers of scored positions: what is compiled is compiled once.
@@ -240,8 +244,7 @@ def evaluate(
             tally.commit(positions, nats, is_counted)
         first, last = chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, stream.positions)
         tally.close(first, last, world, chain)
-        if on_chunk and is_heard(chunk, chunks):
-            on_chunk(chunk, chunks, tally.score(0.0).bpb)
+        tell(on_chunk, tally, chunk, chunks)
         if adapter is not None and chunk < chunks - 1:
             adapter.learn(first, last, chunk=chunk, chunks=chunks)
             if chain is not None:

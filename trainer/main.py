@@ -25,7 +25,7 @@ from trainer.config import Config, from_mapping
 from trainer.data import BOS, Dataset
 from trainer.distributed import World, start_world
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
-from trainer.evaluate import Evaluation, OnChunk, Stream, Windows, evaluate, plan_windows
+from trainer.evaluate import Evaluation, OnChunk, Stream, Windows, evaluate, plan_documents, plan_windows
 from trainer.fit import fit
 from trainer.graphs import Recorded
 from trainer.model import Model
@@ -75,7 +75,7 @@ class Run:
     world: World
     log: EventLog
     stop: StopSignal
-    found: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=lambda: {"scores": {}, "chains": {}})
     """Fields of the result, as they become known."""
 
     def phase(self, name: str) -> Any:
@@ -330,24 +330,27 @@ def score_stored(run: Run, stream: Stream) -> None:
 
 def windows_of(run: Run, stage: str, stream: Stream) -> Windows:
     """The windows of a stage: flat before `sliding`, from there on as the configuration's protocol has them."""
-    config = run.config.evaluation
+    config, positions = run.config.evaluation, stream.positions
     is_flat = stage in (protocol.POST_EMA, protocol.ROUNDTRIP) or config.protocol == "flat"
-    length = config.sequence_length
-    documents = stream.documents(BOS) if config.protocol == "documents" and not is_flat else None
-    return plan_windows(stream.positions, length=length, stride=length if is_flat else config.stride, documents_D=documents)
+    if config.protocol == "documents" and not is_flat:
+        begins_D = stream.documents(BOS)
+        return plan_documents(begins_D, positions, length=config.sequence_length, stride=config.stride)
+    stride = config.sequence_length if is_flat else config.stride
+    return plan_windows(positions, length=config.sequence_length, stride=stride)
 
 
 def stage_score(
     run: Run, stage: str, model: Model, stream: Stream, recurrent: bool, adapter: ChunkAdapter | None = None
 ) -> Evaluation:
     """One evaluation as a phase of its own; its score goes into the result."""
-    is_chunked = stage in (protocol.SLIDING, protocol.TTT) and run.config.ttt.method != "off"  # alike, for parity
+    ttt = run.config.ttt  # the stages whose first chunks are compared have the same chunks
+    is_chunked = stage in (protocol.SLIDING, protocol.TTT) and ttt.method != "off" and not ttt.is_by_document
     chain = chain_of(run, stage)
     with run.phase(stage):
         evaluation = evaluate(
             Recorded(model.eval().nats, is_pure=True), stream, windows_of(run, stage, stream), config=run.config.evaluation,
             recurrent=recurrent, world=run.world, adapter=adapter, chain=chain,
-            chunk_tokens=run.config.ttt.chunk_tokens if is_chunked else stream.positions,
+            chunk_tokens=ttt.chunk_tokens if is_chunked else stream.positions,
             on_chunk=running_score(run) if adapter else None,
         )  # fmt: skip
     keep_score(run, chain, evaluation.score)
@@ -376,8 +379,7 @@ def chain_of(run: Run, stage: str) -> ScoreChain:
 
 def keep_score(run: Run, chain: ScoreChain, score: Score) -> None:
     """Put a stage's score and the end of its chain into the result."""
-    run.found.setdefault("scores", {})[chain.stage] = score
-    run.found.setdefault("chains", {})[chain.stage] = chain.link
+    run.found["scores"][chain.stage], run.found["chains"][chain.stage] = score, chain.link
 
 
 def running_score(run: Run) -> OnChunk:

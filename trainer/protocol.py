@@ -155,7 +155,6 @@ class RunDir:
 TRAIN, VALIDATION = SPLITS = ("train", "val")
 
 DATA_FORMAT = 1
-VARIANT = "variant"  # key of a recipe that names a published export; a data set prepared from text has none
 
 
 @dataclass(frozen=True)

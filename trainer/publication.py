@@ -20,22 +20,18 @@ from trainer.data import BOS, HEADER_BYTES, TokenBytes, load_tokenizer, read_sha
 from trainer.errors import DataError
 from trainer.pool import in_order, usable_processes
 from trainer.prepare import Progress, Say
-from trainer.protocol import (
-    SPLITS,
-    TRAIN,
-    VALIDATION,
-    VARIANT,
-    DataDir,
-    Manifest,
-    Shard,
-    Split,
-    sha256_of,
-    write_manifest,
-)
+from trainer.protocol import SPLITS, TRAIN, VALIDATION, DataDir, Manifest, Shard, Split, sha256_of, write_manifest
 
 # Dimensions: N tokens.
 
+VARIANT = "variant"
+"""Key of a recipe that names the published export; a data set prepared from text has none."""
+
+STATED = "stated"
+"""Key of a recipe: what the publisher's manifest says of the data set, as `docs_val` and `tokens_val`."""
+
 SPAN_TOKENS = 1 << 22  # counted at a time, to bound memory
+SMALL_BYTES = 20_000_000  # counted sooner by one process than others are started
 WINDOW_TOKENS = 2048  # public scripts score whole windows of this length and leave the rest
 
 
@@ -84,6 +80,19 @@ def against_known(variant: str, val_tokens_N: np.ndarray, table: TokenBytes) -> 
     )
 
 
+def notes_on(manifest: Manifest, val_tokens_N: np.ndarray, table: TokenBytes) -> list[str]:
+    """How a published data set's validation split compares with public logs, and with what its publisher states."""
+    validation = manifest.splits[VALIDATION]
+    counts = {"docs_val": validation.documents, "tokens_val": validation.tokens}
+    stated = manifest.recipe.get(STATED, {})
+    known = against_known(str(manifest.recipe[VARIANT]), val_tokens_N, table)
+    return [known] * (known is not None) + [
+        f"the publisher's manifest says {key} {stated[key]:,}, the validation shards have {counted:,}: ask which is meant"
+        for key, counted in counts.items()
+        if stated.get(key, counted) != counted
+    ]
+
+
 @dataclass(frozen=True)
 class Counted:
     """One shard as it was found, and the bytes its tokens stand for."""
@@ -119,10 +128,12 @@ class ShardCounter:
         )
 
 
-def adopt(root: Path, *, source: str, recipe: Mapping[str, Any], say: Say) -> tuple[Manifest, str | None]:
+def adopt(
+    root: Path, *, variant: str, source: str, recipe: Mapping[str, Any], stated: Mapping[str, int], say: Say
+) -> tuple[Manifest, list[str]]:
     """Write the manifest of a folder that holds a tokenizer and shards by our names, and nothing else of ours.
 
-    Returns it, and how the validation split compares with public logs. Raises DataError for shards that are damaged
+    Returns it, and what is to be noted on it. Raises DataError for shards that are damaged
     or of another tokenizer.
     """
     folder = DataDir(root)
@@ -130,13 +141,12 @@ def adopt(root: Path, *, source: str, recipe: Mapping[str, Any], say: Say) -> tu
     progress = Progress(say)
     splits = {split: _adopt_split(folder, split, tokenizer, progress) for split in SPLITS}
     manifest = Manifest(
-        source=source, recipe=dict(recipe), tokenizer=folder.tokenizer.name,
+        source=source, recipe={**recipe, VARIANT: variant, STATED: dict(stated)}, tokenizer=folder.tokenizer.name,
         tokenizer_sha256=sha256_of(folder.tokenizer), vocab_size=tokenizer.vocab_size(), splits=splits,
     )  # fmt: skip
     val_tokens_N = np.concatenate([read_shard(root / shard.file, shard) for shard in splits[VALIDATION].shards])
-    compared = against_known(str(recipe.get(VARIANT)), val_tokens_N, TokenBytes(tokenizer))
     write_manifest(folder.manifest, manifest)
-    return manifest, compared
+    return manifest, notes_on(manifest, val_tokens_N, TokenBytes(tokenizer))
 
 
 def _tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -157,7 +167,8 @@ def _adopt_split(
             f"{folder.shard(split, 0)}: the shard is missing: a data set needs both {TRAIN} and {VALIDATION}"
         )
     tasks = list(zip(paths, [None, *map(_last_token, paths)], strict=False))
-    processes = min(usable_processes(), len(tasks))
+    size = sum(path.stat().st_size for path in paths)
+    processes = min(usable_processes(), len(tasks)) if size > SMALL_BYTES else 1
     shards: list[Shard] = []
     documents = counted_bytes = 0
     for _, counted in in_order(ShardCounter(tokenizer), tasks, processes):

@@ -125,9 +125,7 @@ class DocumentAdapter:
             model, config, recurrent=recurrent, adapters=config.batch_documents, device=world.device
         )
         self.gradients = Gradients([], self.weights, replace(world, rank=0, size=1))  # nothing to share with others
-        self.accumulate = Recorded(self._accumulate, is_pure=False)
-        self.recorded: set[torch.Size] = set()
-        self.begin()
+        self.differentiate = Recorded(self._differentiate, is_pure=True)
 
     def begin(self) -> None:
         """Forget what earlier documents left: adapters and optimiser start anew."""
@@ -138,17 +136,13 @@ class DocumentAdapter:
     def learn(self, tokens_BT: Tensor, targets_BT: Tensor, learns_B: Tensor, *, scored: int) -> None:
         """One step of each document that learns, on the mean loss of its last `scored` targets."""
         with torch.enable_grad():
-            if tokens_BT.is_cuda and tokens_BT.shape not in self.recorded:
-                self.recorded.add(tokens_BT.shape)
-                self.accumulate.record(tokens_BT, targets_BT, torch.zeros_like(learns_B), scored=scored)
-            self.accumulate(tokens_BT, targets_BT, learns_B, scored=scored)
+            self.differentiate(tokens_BT, targets_BT, learns_B, scored=scored)
         self.optimizer.step()
-        self.gradients.all.zero_()
 
-    def _accumulate(self, tokens_BT: Tensor, targets_BT: Tensor, weights_B: Tensor, *, scored: int) -> Tensor:
-        """Add each document's gradient, times its weight and clipped, to the gradients of its adapter."""
-        nats_BS = self.model.nats(tokens_BT, targets_BT, recurrent=self.recurrent, scored=scored)
-        loss = (nats_BS.mean(1) * weights_B).sum()
+    def _differentiate(self, tokens_BT: Tensor, targets_BT: Tensor, weights_B: Tensor, *, scored: int) -> Tensor:
+        """Each document's gradient, times its weight and clipped, in the place of what was there."""
+        self.gradients.all.zero_()
+        loss = (self.model.nats(tokens_BT, targets_BT, recurrent=self.recurrent, scored=scored).mean(1) * weights_B).sum()
         loss.backward()
         if self.config.grad_clip_norm:
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]

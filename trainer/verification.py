@@ -24,19 +24,8 @@ from trainer.documents import Document, Reader, read_listing, scored_text
 from trainer.errors import CaddieError, DataError
 from trainer.pool import in_order, usable_processes
 from trainer.prepare import Progress, Say, bytes_of_documents
-from trainer.protocol import (
-    SPLITS,
-    TRAIN,
-    VALIDATION,
-    VARIANT,
-    DataDir,
-    Manifest,
-    Shard,
-    Split,
-    read_manifest,
-    sha256_of,
-)
-from trainer.publication import against_known
+from trainer.protocol import SPLITS, TRAIN, VALIDATION, DataDir, Manifest, Shard, Split, read_manifest, sha256_of
+from trainer.publication import VARIANT, notes_on
 
 # Dimensions: N tokens.
 
@@ -105,8 +94,7 @@ def verify(data_dir: Path, *, say: Say, corpus: Sequence[str] = (), processes: i
             check.spell(_processes(processes, check.split.tokens), val_keys)
         if VARIANT in manifest.recipe and checks[0].is_whole:
             tokens_N = np.concatenate(list(checks[0].tokens.values()))
-            note = against_known(str(manifest.recipe[VARIANT]), tokens_N, TokenBytes(tokenizer))
-            found.notes += [note] if note else []
+            found.notes += notes_on(manifest, tokens_N, TokenBytes(tokenizer))
     if corpus and tokenizer is not None and listing is not None:
         reader = Reader(path.read_bytes())
         found.problems += corpus_problems(folder, listing, corpus, reader, processes or usable_processes(), say)
@@ -238,6 +226,10 @@ class Speller:
         """The space that decoding takes off the front of a text, where it does."""
         return "" if self.tokenizer.decode([self.tokenizer.piece_to_id(SPACE)]) else " "
 
+    def texts(self, documents: list[list[int]]) -> list[bytes]:
+        """The scored text that each document's tokens spell, its BOS left out."""
+        return [scored_text(self._lost + text) for text in self.tokenizer.decode(documents)]
+
     def __call__(self, span: Span) -> Spelled:
         torch.set_num_threads(1)  # other processes have the other processors
         tokens_N = np.concatenate([part.tokens() for part in span.parts])
@@ -246,7 +238,7 @@ class Speller:
         tail = self._unfinished(documents[-1]) if span.is_cut else 0
         if tail:
             documents[-1] = documents[-1][:-tail]
-        texts = [scored_text(self._lost + text) for text in self.tokenizer.decode(documents)]
+        texts = self.texts(documents)
         spelled_bytes = [len(text) for text in texts]
         spelled_bytes[-1] += tail
         keys = [hashlib.sha256(text).digest() for text in texts]

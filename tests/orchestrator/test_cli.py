@@ -78,8 +78,23 @@ def test_data_is_prepared_under_a_name_and_verified(
     out = capsys.readouterr().out
     assert out.startswith("train ")
     assert out.endswith(f"{home / 'data' / 'words'}\n")
-    assert caddie(home, "data", "verify", "words") == 0
-    assert capsys.readouterr().out == f"{home / 'data' / 'words'}: sound\n"
+    assert caddie(home, "data", "verify", "words", "--corpus", str(corpus), "--processes", "1") == 0
+    train, val, verdict = capsys.readouterr().out.splitlines()
+    assert out.startswith(f"{train}\n{val}\n")  # what was made is what is there
+    assert "raw bytes" in train and "counted bytes" in train
+    assert verdict == f"{home / 'data' / 'words'}: sound"
+    assert caddie(home, "data", "verify", "words", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["val"]["counted_bytes"] == found["splits"]["val"]["spelled_bytes"]
+
+
+def test_a_published_variant_that_nobody_knows_needs_a_repository(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert caddie(home, "data", "fetch", "sp77") == ConfigError.exit_code
+    told = capsys.readouterr().err
+    assert "no repository is known for the variant 'sp77'; known are sp1024, sp4096, sp8192" in told
+    assert "hint: name one with --repo OWNER/NAME" in told
 
 
 def test_problems_of_a_data_set_are_told_and_fail_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,9 +69,9 @@ def test_an_error_of_the_trainer_comes_back_as_itself(tmp_path: Path) -> None:
 
 def test_verifying_returns_the_problems(made: Home, tmp_path: Path) -> None:
     damaged = Path(shutil.copytree(made.data / "small", tmp_path / "damaged"))
-    assert datasets.verify(damaged) == []
+    assert datasets.verify(damaged)["problems"] == []
     DataDir(damaged).shard(TRAIN, 0).unlink()
-    assert len(datasets.verify(damaged)) == 1
+    assert len(datasets.verify(damaged)["problems"]) == 1
 
 
 def test_a_trainer_that_cannot_run_is_the_machines_lack() -> None:

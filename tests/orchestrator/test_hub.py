@@ -21,6 +21,7 @@ from orchestrator.datasets import Request
 from orchestrator.errors import ConfigError, DataError, MachineError, StorageError
 from orchestrator.home import Home
 from trainer.data import BOS
+from trainer.prepare import shard_bytes
 from trainer.protocol import SPLITS, TRAIN, VALIDATION, DataDir
 
 ROOT = Path(cli.__file__).parent.parent
@@ -96,48 +97,74 @@ def test_a_data_set_that_is_there_is_left_alone_without_asking_the_hub(stand_in:
             fetched(out, **other)
 
 
-def test_a_connection_that_ends_early_is_taken_up_where_it_ended(stand_in: Hub, tmp_path: Path) -> None:
+def download(folder: Path) -> None:
+    """Fetch the validation split and two training shards, one after the other."""
+    found = hub.list_repository(REPO, None)
+    hub.fetch(REPO, COMMIT, {folder / Path(path).name: found.files[path] for path in (*SHARDS[:2], VAL)}, quiet)
+
+
+def test_a_connection_that_ends_early_is_taken_up_where_it_ended(
+    stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what comes is written in such pieces
     stand_in.faults[SHARDS[1]] = ["drop"]
-    fetched(tmp_path / "golf")
+    download(tmp_path)
     asked = [asked for path, asked in stand_in.requests if path == SHARDS[1]]
-    half = len(stand_in.files[SHARDS[1]]) // 2
-    assert asked == ["", f"bytes={half}-"]
+    assert asked == ["", f"bytes={len(stand_in.files[SHARDS[1]]) // 2 // 1000 * 1000}-"]
+    assert (tmp_path / Path(SHARDS[1]).name).read_bytes() == stand_in.files[SHARDS[1]]
 
 
 def test_a_hub_that_is_busy_is_asked_again(stand_in: Hub, tmp_path: Path) -> None:
-    stand_in.faults[VAL] = ["503", "500"]
-    stand_in.faults["about"] = ["504"]
-    assert fetched(tmp_path / "golf")["is_new"]
+    stand_in.faults = {VAL: ["503", "500"], "about": ["504"]}
+    download(tmp_path)
     assert [path for path, _ in stand_in.requests].count(VAL) == 3
 
 
 def test_a_file_that_comes_changed_is_fetched_again(stand_in: Hub, tmp_path: Path) -> None:
-    stand_in.faults = {SHARDS[0]: ["flip"], "datasets/manifest.json": ["flip"]}
-    fetched(tmp_path / "golf")
-    assert DataDir(tmp_path / "golf").shard(TRAIN, 0).read_bytes() == stand_in.files[SHARDS[0]]
+    stand_in.faults[SHARDS[0]] = ["flip"]
+    download(tmp_path)
+    assert (tmp_path / Path(SHARDS[0]).name).read_bytes() == stand_in.files[SHARDS[0]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(Path(path).name for path in (*SHARDS[:2], VAL))
+
+
+def test_a_small_file_is_proved_by_the_hash_that_git_gives_it(stand_in: Hub, tmp_path: Path) -> None:
+    file = hub.list_repository(REPO, None).files["README.md"]
+    stand_in.faults["README.md"] = ["flip"]
+    hub.fetch(REPO, COMMIT, {tmp_path / "README.md": file}, quiet)
+    assert (tmp_path / "README.md").read_bytes() == stand_in.files["README.md"]
 
 
 def test_a_file_that_stays_changed_is_refused(stand_in: Hub, tmp_path: Path) -> None:
     stand_in.faults[SHARDS[0]] = ["flip"] * 99
-    with pytest.raises(
-        DataError, match=r"fineweb_train_000000.bin: what was fetched is not what the hub lists.*tried 6 times"
-    ):
-        fetched(tmp_path / "golf")
-    assert not (tmp_path / "golf").exists()
+    with pytest.raises(DataError, match=r"train_000000.bin: what was fetched is not what the hub lists.*tried 6 times"):
+        download(tmp_path)
 
 
-def test_what_came_before_a_failure_is_not_fetched_again(stand_in: Hub, tmp_path: Path) -> None:
-    stand_in.faults[SHARDS[2]] = ["503"] * hub.ATTEMPTS
+def test_what_came_before_a_failure_is_not_fetched_again(
+    stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "FILES_AT_A_TIME", 1)
+    stand_in.faults[SHARDS[1]] = ["503"] * hub.ATTEMPTS
     with pytest.raises(MachineError, match="the hub answered 503; tried 6 times") as caught:
-        fetched(tmp_path / "golf")
+        download(tmp_path)
     assert "what was fetched is kept" in str(caught.value.hint)
-    kept = DataDir(tmp_path / ".golf.fetched")
-    there = [path for path in (kept.shard(TRAIN, 0), kept.shard(TRAIN, 1), kept.shard(VALIDATION, 0)) if path.exists()]
     stand_in.requests.clear()
-    fetched(tmp_path / "golf")
-    paths = [path for path, _ in stand_in.requests]
-    assert SHARDS[2] in paths
-    assert len(paths) == 6 - 1 - len(there) + 0 * len(SHARDS) or not set(paths) & {SHARDS[0]}
+    download(tmp_path)
+    assert [path for path, _ in stand_in.requests] == [SHARDS[1], VAL]
+
+
+def test_a_long_fetch_tells_how_far_it_is(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "PROGRESS_SECONDS", 0.01)
+    stand_in.faults[VAL] = ["hold"]
+    told: list[str] = []
+
+    def hear(line: str) -> None:
+        told.append(line)
+        stand_in.released.set()
+
+    hub.fetch(REPO, COMMIT, {tmp_path / "val": hub.list_repository(REPO, None).files[VAL]}, hear)
+    size = len(stand_in.files[VAL]) / 1e6
+    assert told[0].startswith("fetching: 0 of 1 files, 0.0 of") and told[0].endswith(f"{size:.1f} MB")
 
 
 def test_a_kept_file_that_was_changed_is_fetched_again(stand_in: Hub, tmp_path: Path) -> None:
@@ -191,8 +218,6 @@ def change_layout(stand_in: Hub, change: str) -> None:
         files[f"old/{SHARDS[0].partition('/')[2]}"] = b"x"
     elif change == "damaged manifest":
         files["datasets/manifest.json"] = b"{"
-    elif change == "other totals":
-        files["datasets/manifest.json"] = files["datasets/manifest.json"].replace(b'"docs_val": ', b'"docs_val": 1')
     elif change == "other tokenizer":
         files["datasets/tokenizers/fineweb_420_bpe.model"] = b"no model"
     elif change == "other tokens":
@@ -220,7 +245,6 @@ def change_layout(stand_in: Hub, change: str) -> None:
         ("no validation", "has no val shards of this variant"),
         ("two roots", "has sp420 in several folders: datasets, old"),
         ("damaged manifest", "datasets/manifest.json is damaged"),
-        ("other totals", "its manifest says docs_val .*, the validation shards have"),
         ("other tokenizer", "tokenizer.model: not a SentencePiece model"),
         ("other tokens", "train_000001.bin: token 65535, the tokenizer has 420 pieces"),
         ("no start", "val_000000.bin: a split must begin with token 1"),
@@ -234,6 +258,14 @@ def test_an_export_that_cannot_be_used_is_refused(stand_in: Hub, tmp_path: Path,
     with pytest.raises(DataError, match=message):
         fetched(tmp_path / "golf")
     assert not (tmp_path / "golf").exists()
+
+
+def test_totals_that_are_not_the_publishers_are_noted_at_every_check(stand_in: Hub, tmp_path: Path) -> None:
+    path = "datasets/manifest.json"
+    stand_in.files[path] = stand_in.files[path].replace(b'"docs_val": ', b'"docs_val": 1')
+    (note,) = fetched(tmp_path / "golf")["notes"]  # type: ignore[misc]
+    assert note.startswith("the publisher's manifest says docs_val 162, the validation shards have 62")
+    assert datasets.verify(tmp_path / "golf")["notes"] == [note]
 
 
 def test_an_export_at_the_root_without_a_manifest_is_found(original: Path, tmp_path: Path) -> None:
@@ -315,20 +347,26 @@ def command(served: Hub, home: Home) -> subprocess.Popen[str]:
 
 
 def test_a_killed_fetch_goes_on_in_the_middle_of_a_file(original: Path, home: Home) -> None:
-    with serving(Hub(published(original, shard_tokens=2500), faults={SHARDS[2]: ["hold"]})) as served:
+    files = published(original, shard_tokens=2500)
+    tokens = np.frombuffer(files[SHARDS[2]], dtype="<u2", offset=1024)
+    files[SHARDS[2]] = shard_bytes(np.tile(tokens, 5000))  # what comes is written in pieces of ten megabytes
+    with serving(Hub(files, faults={SHARDS[2]: ["hold"]})) as served:
         killed = command(served, home)
-        partial = home.data / ".golf.fetched"
-        half = len(served.files[SHARDS[2]]) // 2
-        wait_for(lambda: any(path.stat().st_size == half for path in partial.glob(".train_000002.bin.*.partial")))
-        wait_for(lambda: DataDir(partial).shard(VALIDATION, 0).exists())
+        kept = home.data / ".golf.fetched"
+        wait_for(lambda: sizes_of(kept, 2) > [0] and DataDir(kept).shard(VALIDATION, 0).exists())
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
+        size = sizes_of(kept, 2)[0]
         served.requests.clear()
         done = command(served, home)
         out, err = done.communicate()
         assert done.returncode == 0, err
-        assert (SHARDS[2], f"bytes={half}-") in served.requests
+        assert (SHARDS[2], f"bytes={size}-") in served.requests
         assert VAL not in [path for path, _ in served.requests]
-    outcome = json.loads(out)
-    assert outcome["splits"]["val"]["documents"] == manifest_in(original).splits[VALIDATION].documents
+    assert json.loads(out)["splits"]["val"]["documents"] == manifest_in(original).splits[VALIDATION].documents
     assert datasets.names(home) == ["golf"]
+
+
+def sizes_of(kept: Path, number: int) -> list[int]:
+    """Bytes of what has come of a training shard."""
+    return [path.stat().st_size for path in kept.glob(f".{DataDir(kept).shard(TRAIN, number).name}.*.partial")]

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.inference import Items, Program
 
-SOURCE = '''\
+SOURCE = """\
 from collections.abc import Iterator
 from dataclasses import dataclass
 class Part:
@@ -44,7 +44,7 @@ def use(whole: Whole, maybe: Part | None, odd: Part | Whole, *many: Part, flag=N
     later = 1
     later = whole
     ({expression})
-'''
+"""
 
 TYPES = [
     ("whole", "Whole"), ("maybe", "Part"), ("odd", None), ("many", None), ("flag", None), ("number", None),

@@ -31,11 +31,14 @@ def micro_config(**knobs: Any) -> Config:
     return with_knobs(load_preset("smoke"), {**MICRO, **changed})
 
 
-def plan(home: Path, data: Path, config: Config, *, seed: int = 1, replicate: int = 0) -> RunDir:
-    """The directory of a run, ready to be started."""
+def plan(
+    home: Path, data: Path, config: Config, *, seed: int = 1, replicate: int = 0, source: RunDir | None = None
+) -> RunDir:
+    """The directory of a run, ready to be started; with a source in the same home, one that scores its model again."""
     request = RunRequest(
         preset="smoke", config=config, seed=seed, replicate=replicate, data_dir=str(data),
         manifest_sha256=sha256_of(DataDir(data).manifest),
+        source=source.run_id if source else "", source_sha256=sha256_of(source.artifact) if source else "",
     )  # fmt: skip
     return RunStore(Home(home)).plan(request, bundle=bundle.build(config), code={})
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import lzma
 import sys
+import types
 from pathlib import Path
+from typing import IO
 
 import pytest
 from make_data import write_jsonl
 
-from trainer.corpus import docstrings, is_documented_module, pydoc_documents, read_corpus
+from trainer import corpus as corpus_module
+from trainer.corpus import docstrings, is_documented_module, pydoc_documents, read_batches, read_corpus
 from trainer.errors import DataError
 
 
@@ -28,6 +32,58 @@ def test_the_marks_of_sentencepiece_in_a_text_are_read_as_spaces(tmp_path: Path)
     assert list(read_corpus([str(write_jsonl(tmp_path / "a.jsonl", ["a▁b\0c"]))])) == ["a b c"]
 
 
+def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_lines_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\n  \n{"text": "two"}')
+    assert list(read_corpus([str(path)])) == ["one", "two"]
+    path.write_bytes(b'{"text": "one"}\n\n\n{"txt": "two"}\n')
+    with pytest.raises(DataError, match="a.jsonl:4: needs a JSON object"):
+        list(read_corpus([str(path)]))
+
+
+def test_a_text_keeps_its_line_ends_and_escaped_pairs_are_one_character(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\ud83c\\udf89"}\n')
+    assert list(read_corpus([str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")])) == ["one\r\ntwo\rthree\n", "🎉"]
+
+
+def test_lines_come_in_batches_that_know_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 30)
+    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three", "four", "five"])
+    batches = list(read_batches([str(path)]))
+    assert [batch.texts() for batch in batches] == [["one", "two"], ["three", "four"], ["five"]]
+    assert batches[1].place(1) == f"{path}:4"
+
+
+class FakeZstd(types.ModuleType):
+    """What Python 3.14 has, as far as a corpus needs it."""
+
+    class ZstdError(Exception):
+        pass
+
+    @staticmethod
+    def open(path: Path, mode: str) -> IO[bytes]:
+        content = path.read_bytes()
+        if content == b"broken":
+            raise FakeZstd.ZstdError("not a frame")
+        return io.BytesIO(content)
+
+
+def test_zst_is_read_where_python_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b'{"text": "one"}\n')
+    for name in ("compression", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, FakeZstd(name))
+    assert list(read_corpus([str(path)])) == ["one"]
+    path.write_bytes(b"broken")
+    with pytest.raises(DataError, match="a.jsonl.zst: damaged or truncated zst: not a frame"):
+        list(read_corpus([str(path)]))
+    monkeypatch.setitem(sys.modules, "compression.zstd", None)
+    with pytest.raises(DataError, match=r"a.jsonl.zst: reading .zst needs Python 3.14") as caught:
+        list(read_corpus([str(path)]))
+    assert "unzstd" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -35,7 +91,12 @@ def test_the_marks_of_sentencepiece_in_a_text_are_read_as_spaces(tmp_path: Path)
         ("a.jsonl", b'{"text": 7}\n', "a.jsonl:1: needs a JSON object"),
         ("a.jsonl", b"[1]\n", "a.jsonl:1: needs a JSON object"),
         ("a.jsonl", b"{\n", "a.jsonl:1: needs a JSON object"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: needs a JSON object"),
+        (
+            "a.jsonl",
+            b'{"text": "ab\\ud800"}\n',
+            "a.jsonl:1: a text must be Unicode, character 2 of this one is half a surrogate",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8: invalid start byte at byte 10"),
         ("a.txt", b"\xff\xfe", "a.txt: not UTF-8: invalid start byte at byte 0"),
         ("a.txt.xz", lzma.compress(b"text")[:-8], "a.txt.xz: damaged or truncated xz"),
         ("a.txt.xz", b"not xz", "a.txt.xz: damaged or truncated xz"),

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import math
 
 import pytest
@@ -6,7 +8,8 @@ import torch
 from tests.trainer.tiny import ALONE
 from trainer.config import EvaluationConfig
 from trainer.distributed import World
-from trainer.evaluate import RUNNING_SCORES, JudgeError, Stream, Tally, evaluate, plan_windows, score_of
+from trainer.evaluate import RUNNING_SCORES, JudgeError, Stream, Tally, evaluate, plan_documents, plan_windows, score_of
+from trainer.protocol import EventLog, ScoreChain, read_lines
 
 CONFIG = EvaluationConfig(sequence_length=8, stride=4, batch_windows=3)
 
@@ -47,6 +50,86 @@ def test_windows_score_every_position_once_with_all_the_context_that_fits(positi
     scored = [p for _, begin, end in windows.places_3W.T.tolist() for p in range(begin, end)]
     assert scored == list(range(positions))
     assert windows.length == min(length, positions)
+
+
+DOCUMENTS = [0, 1, 4, 12, 13, 33]  # first positions; of 40
+SPLIT = 41
+
+
+@pytest.mark.parametrize(("length", "stride"), [(8, 4), (8, 8), (8, 1), (8, 3), (64, 16)])
+@pytest.mark.parametrize("chunk_tokens", [5, 8, 40])
+def test_windows_of_documents_score_every_position_once_and_read_nothing_before_its_document(length, stride, chunk_tokens):
+    windows = plan_documents(torch.tensor(DOCUMENTS), SPLIT - 1, length=length, stride=stride).cut(chunk_tokens)
+    places = windows.places_3W.T.tolist()
+    assert sorted(p for _, begin, end in places for p in range(begin, end)) == list(range(SPLIT - 1))
+    for start, begin, end in places:
+        document = max(first for first in DOCUMENTS if first <= begin)
+        after = min([first for first in DOCUMENTS if first > begin], default=SPLIT - 1)
+        assert document <= start and end <= min(after, start + windows.length)
+        assert begin - start >= min(begin - document, windows.length - windows.stride)  # as much context as asked
+    for whole, later in zip(places, places[1:], strict=False):
+        assert whole[1] // chunk_tokens <= later[1] // chunk_tokens
+        assert whole[1] // chunk_tokens == (whole[2] - 1) // chunk_tokens
+
+
+def context_lengths(tokens, targets, *, recurrent, scored):
+    """As nats, how many tokens each target is predicted from."""
+    return torch.arange(1.0, tokens.size(1) + 1)[-scored:].expand(len(tokens), -1)
+
+
+def lengths_written_out(positions, *, length, stride):
+    """The context lengths of one document, added up."""
+    done = min(length, positions)
+    total = sum(range(1, done + 1))
+    while done < positions:
+        end = min(done + stride, positions)
+        total += sum(length - (end - 1 - position) for position in range(done, end))
+        done = end
+    return total
+
+
+@pytest.mark.parametrize("chunk_tokens", [8, 16, 1000])
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_by_document_each_target_is_predicted_from_as_much_of_its_own_document_as_fits(chunk_tokens, stride):
+    stream = stream_of(SPLIT)
+    windows = plan_documents(torch.tensor(DOCUMENTS), stream.positions, length=8, stride=stride)
+    score = evaluate(
+        context_lengths, stream, windows, config=dataclasses.replace(CONFIG, protocol="documents"), recurrent=False, world=ALONE, chunk_tokens=chunk_tokens
+    ).score
+    sizes = [after - first for first, after in itertools.pairwise([*DOCUMENTS, SPLIT - 1])]
+    assert score.nats == sum(lengths_written_out(size, length=8, stride=stride) for size in sizes)
+    assert (score.tokens, score.bytes) == (SPLIT - 1, sum(i % 3 for i in range(1, SPLIT)))
+
+
+def test_documents_begin_at_every_bos_and_at_the_front():
+    tokens = torch.tensor([5, 1, 4, 1, 1, 7, 1])
+    assert Stream(tokens, torch.zeros(6, dtype=torch.int64)).documents(1).tolist() == [0, 1, 3, 4]  # the last predicts nothing
+
+
+def test_the_chain_has_each_chunk_before_it_is_learned_from_and_adds_up_to_the_score(tmp_path):
+    log = EventLog(tmp_path / "events.jsonl")
+    stream, model, chain = stream_of(50), Oracle(), ScoreChain(log, "ttt", "ab")
+    windows = plan_windows(stream.positions, length=8, stride=4)
+    score = evaluate(
+        model, stream, windows, config=CONFIG, recurrent=False, world=ALONE, chunk_tokens=16,
+        adapter=Recorder(model), chain=chain,
+    ).score  # fmt: skip
+    events = [event for _, event in read_lines(log.path)]
+    told = [(event["kind"], event["chunk"], event["first"], event["last"]) for event in events]
+    spans = [(0, 0, 16), (1, 16, 32), (2, 32, 48), (3, 48, 49)]
+    assert told == [(kind, *span) for span in spans for kind in ("scored", "learned")][:-1]
+    scored = [event for event in events if event["kind"] == "scored"]
+    assert math.fsum(event["nats"] for event in scored) == score.nats
+    assert [event["bytes"] for event in scored] == [sum(i % 3 for i in range(a + 1, b + 1)) for _, a, b in spans]
+    assert scored[-1]["chain"] == chain.link
+
+
+def test_what_is_not_counted_may_be_no_number():
+    tally = Tally(stream_of(3))
+    tally.begin_round()
+    tally.commit(torch.tensor([[0, 1, 7]]), torch.tensor([[1.0, 2.0, math.nan]]), torch.tensor([[True, True, False]]))
+    tally.close(0, 2, ALONE, None)
+    assert tally.finish(ALONE, 0.0).nats == 3.0
 
 
 def test_the_number_of_windows_is_the_published_one():

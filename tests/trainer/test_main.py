@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from orchestrator.score_chain import problems
 from tests.trainer.make_data import manifest_in
 from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
 from trainer import artifact, protocol
 from trainer.main import LOG_LINES
-from trainer.protocol import RunDir, read_lines, read_result, sha256_of
+from trainer.protocol import RunDir, read_lines, read_result, read_spec, sha256_of
 from trainer.quantize import LEFT
 from trainer.ttt import PARITY_TOLERANCE
 
@@ -48,6 +49,12 @@ def test_the_first_ttt_chunk_before_any_update_is_the_sliding_score(finished):
     parity = result_of(finished[1]).parity_nats
     assert parity is not None
     assert abs(parity) <= PARITY_TOLERANCE
+
+
+def test_every_score_follows_from_the_chain_of_its_chunks(finished):
+    result = result_of(finished[1])
+    assert problems([event for _, event in read_lines(finished[1].events)], result) == []
+    assert list(result.chains) == list(protocol.STAGES)
 
 
 def test_phases_follow_one_another_on_one_clock(finished):
@@ -152,6 +159,58 @@ def test_a_model_file_and_its_bundle_alone_give_the_run_s_scores_to_the_bit(fini
         assert replace(score, seconds=0) == replace(result.scores[stage], seconds=0)
     assert found.parity_nats == result.parity_nats
     assert found.status == protocol.COMPLETE
+
+
+BY_DOCUMENT = {
+    "ttt__method": "lora", "ttt__lora_unit": "document", "ttt__document_tokens": 8, "ttt__batch_documents": 4,
+    "ttt__lora_targets": ("q", "k", "v", "out", "mlp", "head"), "ttt__lr": 0.01,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"ttt__method": "adamw", "ttt__parameters": "query", "evaluation__protocol": "documents"},
+        {"ttt__method": "lora", "ttt__lora_targets": ("q", "up", "head"), "ttt__lr": 0.05, "evaluation__stride": 8},
+        BY_DOCUMENT,
+    ],
+    ids=["query", "lora", "document"],
+)
+def test_a_stored_model_is_scored_again_with_other_knobs_and_no_training(finished, prepared, tmp_path, knobs):
+    run, attempt = finished
+    again = plan(run.root.parents[1], prepared, micro_config(**knobs), source=run)
+    result, before = result_of(execute(again)), result_of(attempt)
+    assert (result.status, result.steps, result.train_seconds) == (protocol.COMPLETE, 0, 0.0)
+    assert "train" not in result.phases and protocol.POST_EMA not in result.scores
+    assert replace(result.scores["roundtrip"], seconds=0) == replace(before.scores["roundtrip"], seconds=0)
+    assert abs(result.parity_nats) <= PARITY_TOLERANCE
+    assert result.scores["ttt"].bpb < result.scores["sliding"].bpb
+    assert result.scores["ttt"].bpb != before.scores["ttt"].bpb
+    split = manifest_in(prepared).splits["val"]
+    assert {score.tokens for score in result.scores.values()} == {split.tokens - 1}
+    assert result.artifact_bytes == again.bundle.stat().st_size + again.artifact.stat().st_size
+    files = [artifact.load(path.read_bytes(), "artifact") for path in (again.artifact, again.source)]
+    assert files[0].meta["config"] == read_spec(again.spec).config != files[1].meta["config"]
+    assert all(torch.equal(one, other) for one, other in zip(*(file.state().values() for file in files), strict=True))
+    assert problems([event for _, event in read_lines(again.attempt(1).events)], result) == []
+    lone = alone(again, tmp_path / "lone")
+    assert recheck(lone.root, prepared).returncode == 0
+    found = read_result(lone.recheck)
+    assert {stage: score.nats for stage, score in found.scores.items()} == {
+        stage: score.nats for stage, score in result.scores.items()
+    }
+    assert found.chains == result.chains  # the same chunks, to the bit
+
+
+def test_two_processes_adapt_by_document_as_one_does(finished, prepared):
+    run, _ = finished
+    again = plan(run.root.parents[1], prepared, micro_config(**{**BY_DOCUMENT, "ttt__lr": 0.02}), source=run)
+    one, two = (result_of(execute(again, processes=processes)) for processes in (1, 2))
+    assert (two.status, two.world_size) == (protocol.COMPLETE, 2)
+    for stage, score in one.scores.items():
+        assert (two.scores[stage].tokens, two.scores[stage].bytes) == (score.tokens, score.bytes)
+        assert two.scores[stage].bpb == pytest.approx(score.bpb, rel=1e-5)
+    assert problems([event for _, event in read_lines(again.attempt(2).events)], two) == []
 
 
 def test_a_damaged_model_file_ends_a_recheck_in_our_own_words(finished, tmp_path, prepared):

@@ -13,6 +13,7 @@ import sentencepiece
 from make_data import AWKWARD, EMPTY, VOCAB_SIZE, make_data, manifest_in, quiet, texts, write_jsonl
 
 from trainer import __main__ as command
+from trainer import corpus as corpus_module
 from trainer import prepare as prepare_module
 from trainer.data import BOS, Dataset
 from trainer.errors import DataError, StorageError
@@ -79,7 +80,7 @@ def test_shards_end_with_a_document_and_say_which_documents_they_hold(prepared: 
 def test_a_document_longer_than_a_shard_gets_one_of_its_own(tmp_path: Path) -> None:
     folder = make_data(tmp_path, shard_tokens=10)
     assert all(shard.documents == 1 or shard.tokens <= 10 for shard in manifest_in(folder).splits[TRAIN].shards)
-    assert verify(folder, say=quiet) == []
+    assert verify(folder, say=quiet).problems == []
 
 
 def test_the_same_corpus_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
@@ -87,6 +88,28 @@ def test_the_same_corpus_gives_the_same_bytes(corpus: Path, tmp_path: Path) -> N
         prepare(recipe_of(corpus), tmp_path / name, say=quiet)
     first, second = (sorted((tmp_path / name).iterdir()) for name in ("first", "second"))
     assert [sha256_of(path) for path in first] == [sha256_of(path) for path in second]
+
+
+def test_the_number_of_processes_changes_no_byte(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(corpus, [*texts(), *EMPTY, *texts()[:7]] * 3)
+    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 3000)  # many batches, the last of them short
+    for processes in (1, 3):
+        prepare(recipe_of(corpus, processes=processes), tmp_path / str(processes), say=quiet)
+    first, second = (sorted((tmp_path / name).iterdir()) for name in ("1", "3"))
+    assert [sha256_of(path) for path in first] == [sha256_of(path) for path in second]
+
+
+def test_the_manifest_and_the_list_say_how_many_bytes_were_given(corpus: Path, tmp_path: Path) -> None:
+    made = prepare(recipe_of(corpus), tmp_path / "d", say=quiet)
+    given = sum(len(text.encode()) for text in texts())
+    assert sum(made.raw_bytes.values()) == made.manifest.recipe["raw_bytes"] == given
+    counted = sum(split.text_bytes for split in made.manifest.splits.values())
+    assert counted < given  # runs of spaces were joined
+
+
+def test_a_small_corpus_is_read_by_one_process_and_a_number_that_is_asked_for_is_taken(corpus: Path) -> None:
+    assert recipe_of(corpus).workers() == 1
+    assert recipe_of(corpus, processes=5).workers() == 5
 
 
 def test_a_data_set_that_is_there_already_is_left_alone(corpus: Path, tmp_path: Path) -> None:
@@ -122,7 +145,7 @@ def test_a_given_tokenizer_is_taken_as_it_is(prepared: Path, corpus: Path, tmp_p
     model = DataDir(prepared).tokenizer
     manifest = prepare(recipe_of(corpus, tokenizer=model), tmp_path / "d", say=quiet).manifest
     assert manifest.tokenizer_sha256 == sha256_of(model)
-    assert verify(tmp_path / "d", say=quiet) == []
+    assert verify(tmp_path / "d", say=quiet).problems == []
 
 
 def test_a_given_tokenizer_must_have_the_size_that_is_asked_for(prepared: Path, corpus: Path, tmp_path: Path) -> None:
@@ -137,7 +160,9 @@ def test_a_given_tokenizer_that_cannot_spell_the_text_is_refused(corpus: Path, t
             sentence_iterator=iter(["the plain words of a text"] * 9), model_writer=file, vocab_size=40,
             model_type="bpe", add_dummy_prefix=False, bos_id=1, unk_id=3, pad_id=0, eos_id=2, minloglevel=2,
         )  # fmt: skip
-    with pytest.raises(DataError, match="count .* bytes, its normalised text has") as caught:
+    with pytest.raises(
+        DataError, match=r"corpus.jsonl:\d+: the tokens of this document count .* its normalised text has"
+    ) as caught:
         prepare(recipe_of(corpus, tokenizer=model, vocab_size=40), tmp_path / "d", say=quiet)
     assert "byte fallback" in str(caught.value.hint)
     assert not (tmp_path / "d").exists()
@@ -165,6 +190,7 @@ def test_a_single_document_cannot_be_both_splits(tmp_path: Path) -> None:
         ({"val_documents": 0}, "val_documents must be at least 1, got 0"),
         ({"shard_tokens": 0}, "shard_tokens must be at least 1, got 0"),
         ({"corpus": []}, "a corpus is needed"),
+        ({"processes": 0}, "processes must be at least 1, got 0"),
     ],
 )
 def test_a_recipe_that_cannot_be_meant_is_refused(options: dict[str, object], message: str) -> None:
@@ -177,9 +203,18 @@ def test_a_corpus_that_changes_while_it_is_read_is_noticed(corpus: Path, tmp_pat
         if message.startswith("training a tokenizer"):
             write_jsonl(corpus, texts()[:-3])
 
-    with pytest.raises(DataError, match="the corpus changed while it was read"):
+    with pytest.raises(DataError, match=r"the corpus changed while it was read: \d+ of \d+ documents were found again"):
         prepare(recipe_of(corpus), tmp_path / "d", say=shrink)
     assert not (tmp_path / "d").exists()
+
+
+def test_a_document_that_changes_while_the_corpus_is_read_is_noticed(corpus: Path, tmp_path: Path) -> None:
+    def change(message: str) -> None:
+        if message.startswith("encoding"):
+            write_jsonl(corpus, [*texts()[:5], "something else", *texts()[6:]])
+
+    with pytest.raises(DataError, match="not all of the documents .* are what they were"):
+        prepare(recipe_of(corpus), tmp_path / "d", say=change)
 
 
 def test_two_preparations_of_one_data_set_do_not_meet(corpus: Path, tmp_path: Path) -> None:
@@ -204,7 +239,7 @@ def test_long_phases_tell_how_far_they_are(corpus: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(prepare_module, "PROGRESS_SECONDS", 0.0)
     said: list[str] = []
     prepare(recipe_of(corpus), tmp_path / "d", say=said.append)
-    assert any(line.startswith("reading: 5 documents") for line in said)
+    assert any(line.startswith("reading: ") for line in said)
     assert any(line.startswith("encoding: ") for line in said)
 
 
@@ -218,6 +253,9 @@ def test_the_command_prepares_and_tells_the_totals(
     assert command.main([*arguments, "--val-frac", "0.2", "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["is_new"]
+    assert sum(split["raw_bytes"] for split in outcome["splits"].values()) == sum(
+        len(text.encode()) for text in texts()
+    )
     assert outcome["splits"]["val"]["documents"] == manifest_in(tmp_path / "d").splits[VALIDATION].documents
     assert command.main(["verify-data", str(tmp_path / "d")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'd'}: sound\n"

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -113,6 +114,78 @@ def test_frozen_blocks_do_not_learn(stream):
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert not any(name.startswith(("blocks.0.", "blocks.1.")) for name in changed)
     assert any(name.startswith("blocks.2.") for name in changed)
+
+
+LORA = TTTConfig(
+    method="lora", chunk_tokens=32, lr=0.02, epochs=2, batch_sequences=2, lora_rank=4, lora_targets=("q", "v", "down")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_low_rank_adapters_learn_from_chunk_to_chunk_after_a_first_one_as_without(stream, optimizer):
+    plain, model = score(random_model(), stream), random_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = dataclasses.replace(LORA, lora_optimizer=optimizer, lr=LORA.lr if optimizer == "adamw" else 0.5)
+    adapted = score(model, stream, adapter_of(model, stream, config))
+    assert abs(require_parity(plain.first_chunk_loss, adapted.first_chunk_loss)) <= 1e-6
+    assert adapted.score.loss < plain.score.loss - 0.1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("frozen_blocks", [0, 4])
+def test_query_matrices_alone_learn(stream, frozen_blocks):
+    config = dataclasses.replace(TTT, parameters="query", frozen_blocks=frozen_blocks)
+    model = random_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter_of(model, stream, config).learn(0, 32, chunk=0, chunks=2)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {f"blocks.{layer}.attention.query.weight" for layer in range(frozen_blocks, 6)}
+
+
+def test_adamw_on_the_weights_is_adamw_written_out(stream):
+    config = TTTConfig(
+        method="adamw", chunk_tokens=32, lr=0.01, epochs=2, batch_sequences=2, grad_clip_norm=0.0,
+        adam_beta1=0.8, adam_beta2=0.9, adam_eps=1e-6, weight_decay=0.1,
+    )  # fmt: skip
+    model, reference = random_model(), random_model()
+    adapter_of(model, stream, config).learn(0, 32, chunk=0, chunks=2)
+    weights = list(reference.parameters())
+    firsts, seconds = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    tokens = stream.tokens_N[:33].long()
+    for step in (1, 2):
+        grads = torch.autograd.grad(reference(tokens[:32].view(2, 16), tokens[1:33].view(2, 16), True), weights)
+        with torch.no_grad():
+            for weight, first, second, grad in zip(weights, firsts, seconds, grads, strict=True):
+                first.mul_(0.8).add_(0.2 * grad)
+                second.mul_(0.9).add_(0.1 * grad.square())
+                update = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-6)
+                weight.sub_(0.01 * (0.1 * weight + update))
+    for moved, expected in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-3)  # a small gradient's sign decides its step
+
+
+def learn_twice(world, tokens, config):
+    """What a process's model is after two chunks: its adapters or its weights, and the nats of the first chunk."""
+    stream, model = Stream(tokens, torch.ones(tokens.numel() - 1, dtype=torch.int64)), random_model()
+    adapter = ChunkAdapter(model, stream, config=config, length=LENGTH, recurrent=True, world=world)
+    windows = plan_windows(stream.positions, length=LENGTH, stride=EVALUATION.stride)
+    found = evaluate(
+        model.nats, stream, windows, config=EVALUATION, recurrent=True, world=world, chunk_tokens=96, adapter=adapter
+    )
+    learned = model.lora.parameters if model.lora else list(model.parameters())
+    return [parameter.detach().tolist() for parameter in learned], found.score.nats, found.score.tokens
+
+
+@pytest.mark.parametrize("config", [TTT, LORA], ids=["sgd", "lora"])
+def test_two_processes_end_with_the_same_weights_and_the_score_of_one(stream, pair, config):
+    config = dataclasses.replace(config, chunk_tokens=96, batch_sequences=3)  # which two cannot share equally
+    (mine, nats, tokens), (others, *scores) = pair(learn_twice, stream.tokens_N, config)
+    assert mine == others
+    assert [nats, tokens] == scores
+    alone, expected, _ = learn_twice(ALONE, stream.tokens_N, config)
+    assert (nats, tokens) == (pytest.approx(expected, rel=1e-5), stream.positions)
+    for one, both in zip(alone, mine, strict=True):
+        torch.testing.assert_close(torch.tensor(both), torch.tensor(one), atol=2e-3, rtol=1e-2)  # AdamW on tiny gradients
 
 
 def test_learning_rate_is_a_cosine_over_chunks():
