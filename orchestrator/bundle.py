@@ -38,7 +38,6 @@ CHECKS = (
     "protocol._require_fields",  # the same; and by the worker, which reads the spec before it starts the trainer
     "protocol._require_manifest",  # when a run is planned; the spec holds the manifest's hash
     "data._require_lone_space",  # when a data set is prepared; the manifest holds the tokenizer's hash
-    "artifact._require_written",  # needs none: a run reads only the model file that it has just written
 )
 # Read from a file that states every field. A tuple arrives as a list, as JSON has it.
 RECORDS = (

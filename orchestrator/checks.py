@@ -16,13 +16,13 @@ from typing import Any
 from orchestrator import clean_room
 from orchestrator.clean_room import Evaluation
 from orchestrator.datasets import PreparedData, manifest_of
-from orchestrator.errors import CaddieError, ProtocolError
+from orchestrator.errors import CaddieError, DataError, ProtocolError
 from orchestrator.runs import RunRequest, run_id_of
 from trainer import protocol
 from trainer.config import Config, from_mapping
 from trainer.protocol import VALIDATION, DataDir, Result, RunDir, Score, Spec, sha256_of
 
-PASSED, FAILED, UNDECIDED = "passed", "failed", "undecided"
+PASSED, FAILED, UNDECIDED, NOTED = "passed", "failed", "undecided", "noted"
 MISSING = "missing"
 
 RECHECKED = (protocol.ROUNDTRIP, protocol.SLIDING, protocol.TTT)
@@ -128,7 +128,9 @@ class Check:
     name: str
     rule: str
     status: str
-    """passed, failed, or undecided: there was nothing to compare with, or not on equal terms; `note` says why."""
+    """passed, failed, undecided where there was nothing to compare with, or not on equal terms, or noted where no rule
+    decides; `note` says why.
+    """
 
     expected: Value
     found: Value
@@ -177,6 +179,14 @@ def judged(
     )  # fmt: skip
 
 
+def noted(rule: Rule, found: Value, place: Path, note: str, *, name: str = "", limit: Value = None) -> Check:
+    """Something to know, for or against which no rule speaks; `limit` is what it would be held against."""
+    return Check(
+        name=name or rule.name, rule=rule.text, status=NOTED, expected=limit, found=found, is_limit=limit is not None,
+        place=str(place), remedy="", note=note,
+    )  # fmt: skip
+
+
 def undecided(check: Check, note: str) -> Check:
     """A failure that proves nothing, for a reason."""
     return dataclasses.replace(check, status=UNDECIDED, remedy="", note=note) if check.status == FAILED else check
@@ -188,6 +198,15 @@ def hash_of(path: Path) -> str:
 
 def size_of(path: Path) -> Value:
     return path.stat().st_size if path.is_file() else MISSING
+
+
+def exit_code(checks: Sequence[Check]) -> int:
+    """0; DataError's where only the data at hand are wrong, which says nothing against the run; else ProtocolError's."""
+    failed = [check for check in checks if check.status == FAILED]
+    if not failed:
+        return 0
+    is_about_data = all(check.name.startswith(DATA) for check in failed)
+    return DataError.exit_code if is_about_data else ProtocolError.exit_code
 
 
 # ── the claims ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import compile_cache, worker
+from orchestrator import compile_cache, watch, worker
 from orchestrator.errors import CaddieError, DataError
 from trainer import protocol
 from trainer.protocol import VALIDATION, DataDir, Failure, Manifest, Result, RunDir
@@ -50,6 +51,19 @@ PROBE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reached:
+    """What a bundle reached for outside the room."""
+
+    files: list[str]
+    """Beside its own, the data set's, Python's and the machine's."""
+
+    hosts: list[str]
+    programs: list[str]
+    count: int
+    """Different files, hosts and programs in all, those in the room included."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What a bundle said of a model file alone."""
 
@@ -66,24 +80,46 @@ class Evaluation:
     environment: dict[str, object]
     """Machine and variables, as a run's `env.json` has them."""
 
+    reached: Reached | None = None
+    """What it reached for, where that was watched."""
+
 
 def evaluate(
-    run: RunDir, data: DataDir, manifest: Manifest, *, gpus: Sequence[str], timeout_seconds: float
+    run: RunDir,
+    data: DataDir,
+    manifest: Manifest,
+    *,
+    gpus: Sequence[str],
+    timeout_seconds: float,
+    is_watched: bool = False,
 ) -> Evaluation:
     """Let a run's bundle score its model file on the validation split, in a directory of their own that is gone afterwards.
 
-    One process a GPU, or one on the CPU. Raises DataError for a manifest that names files elsewhere, OSError for a disk
-    that cannot take the copies; whatever the bundle does wrong is the evaluation's failure.
+    One process a GPU, or one on the CPU; watched, what it reaches for is taken down. Raises DataError for a manifest that
+    names files elsewhere, OSError for a disk that cannot take the copies; whatever the bundle does wrong is the
+    evaluation's failure.
     """
     with tempfile.TemporaryDirectory(prefix="caddie-clean-room-", ignore_cleanup_errors=True) as folder:
-        room, shards, scratch = (Path(folder) / name for name in ("run", "data", "scratch"))
-        for place in (room, shards, scratch):
+        room, shards, scratch, hook = (Path(folder) / name for name in ("run", "data", "scratch", "hook"))
+        for place in (room, shards, scratch, hook):
             place.mkdir()
         for path in (run.bundle, run.artifact):
             copy_read_only(path, room)
         for path in validation_files(data, manifest):
             copy_read_only(path, shards)
-        return _evaluate(RunDir(room), shards, scratch, gpus=gpus, timeout_seconds=timeout_seconds)
+        found = _evaluate(
+            RunDir(room), shards, scratch, hook if is_watched else None, gpus=gpus, timeout_seconds=timeout_seconds
+        )
+        return dataclasses.replace(found, reached=_reached(Path(folder), hook)) if is_watched else found
+
+
+def _reached(room: Path, hook: Path) -> Reached:
+    """What was taken down, less what may be reached for."""
+    accesses, job = watch.read(hook), worker.trainer_environment("", "")
+    return Reached(
+        files=watch.elsewhere(accesses, [Path(os.path.realpath(room)), *watch.code_folders(job)]),
+        hosts=watch.outward(accesses), programs=watch.programs(accesses), count=len(accesses),
+    )  # fmt: skip
 
 
 def validation_files(data: DataDir, manifest: Manifest) -> list[Path]:
@@ -104,10 +140,14 @@ def copy_read_only(path: Path, folder: Path) -> None:
     copied.chmod(0o444)
 
 
-def _evaluate(room: RunDir, data: Path, scratch: Path, *, gpus: Sequence[str], timeout_seconds: float) -> Evaluation:
+def _evaluate(
+    room: RunDir, data: Path, scratch: Path, hook: Path | None, *, gpus: Sequence[str], timeout_seconds: float
+) -> Evaluation:
     visible, namespace = ",".join(gpus), offline_namespace()
     machine = worker.describe_machine(visible)
     environment = room_environment(room, scratch, gpus=visible, is_offline=bool(namespace))
+    if hook is not None:
+        environment = watch.install(hook, environment)
     program = [*worker.trainer_command(room, 0, max(1, len(gpus))), "--recheck", str(data)]
     log, started = scratch / "log.txt", time.monotonic()
     returncode = run_to_its_end(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.study import Study
 
 RECORD_SEEDS = "42,314,999"  # the challenge's usual three
+SAMPLE_POSITIONS = 32_768  # a chunk of test-time training in the challenge's configurations
 UI_HOST, UI_PORT = "127.0.0.1", 5000
 USAGE = 2  # as argparse has it
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal, as shells have it
@@ -212,6 +213,27 @@ def verify(arguments: argparse.Namespace, home: Home) -> int:
         else:
             print(verification.as_text(found), flush=True)
         print("\n".join(verification.failure_lines(found)), end="\n" if found.failed else "", file=sys.stderr)
+    return found.exit_code
+
+
+def audit(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import audit as audits
+    from orchestrator.verify import find_run
+
+    run_dir = find_run(home, arguments.run)
+    found = audits.audit(
+        run_dir, data_dir=home.dataset(arguments.data) if arguments.data else None, gpus=arguments.gpus,
+        sample=arguments.sample, seed=arguments.seed, timeout_seconds=60 * arguments.timeout_minutes,
+        evaluates=not arguments.no_evaluation, say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    try:
+        audits.write(run_dir, found)
+    finally:  # a directory that cannot be written costs the record, not the finding
+        if arguments.json:
+            show_json(dataclasses.asdict(found))
+        else:
+            print(audits.as_text(found), flush=True)
+        print("\n".join(audits.failure_lines(found)), end="\n" if found.failed else "", file=sys.stderr)
     return found.exit_code
 
 
@@ -542,6 +564,24 @@ def _add_verify(top: Adder) -> None:
         "verify", verify, "check a run's files, and score its artifact again in an empty directory without network",
         "caddie verify 3f2a --data fineweb-sp4096",
     )  # fmt: skip
+    _add_examined(parser)
+    parser = top.add(
+        "audit", audit, "probe whether a run's scores mean what they say: causality, order, coverage, bytes, limits",
+        "caddie audit 3f2a --sample 65536",
+    )  # fmt: skip
+    _add_examined(parser)
+    parser.add_argument(
+        "--sample", type=int, default=SAMPLE_POSITIONS, metavar="N",
+        help="positions of the split that are probed (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: %(default)s)")
+    parser.add_argument(
+        "--no-evaluation", action="store_true", help="leave out the watched evaluation of the whole split"
+    )
+
+
+def _add_examined(parser: argparse.ArgumentParser) -> None:
+    """The run that is looked at, and how its bundle is run for it."""
     parser.add_argument("run", metavar="RUN", help="a run's id, the beginning of one, or a run's directory")
     parser.add_argument("--data", metavar="NAME|DIR", help="another copy of the data set (default: the run's own)")
     parser.add_argument(

@@ -50,7 +50,10 @@ SHAPING_SECTIONS = ("model", "data", "evaluation", "ttt", "runtime")
 schedule, optim, quant and limits hold numbers that a graph is fed with, or that no graph sees.
 """
 
-NUMBERS = frozenset({"model.embedding_std", "data.order_seed", "ttt.lr", "ttt.momentum", "ttt.epochs"})
+NUMBERS = frozenset({
+    "model.embedding_std", "data.order_seed", "ttt.lr", "ttt.momentum", "ttt.epochs", "ttt.adam_beta1", "ttt.adam_beta2",
+    "ttt.adam_eps", "ttt.weight_decay", "ttt.lora_seed",
+})  # fmt: skip
 """Knobs of these sections that change no graph, so that all trials of a search over them share one key."""
 
 SWITCHES = frozenset({"model.qk_gain", "ttt.grad_clip_norm"})

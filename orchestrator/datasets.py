@@ -147,13 +147,13 @@ def prepare(options: Sequence[str]) -> dict[str, Any]:
 
     Raises the trainer's DataError, ProtocolError or StorageError; MachineError where the trainer cannot run here.
     """
-    return _trainer(["prepare", *options])
+    return ask_trainer(["prepare", *options])
 
 
 def verify(data_dir: Path, options: Sequence[str] = ()) -> dict[str, Any]:
     """Run `python -m trainer verify-data`: `problems`, `notes`, and what each of the `splits` comes to. Raises as
     `prepare` does."""
-    return _trainer(["verify-data", str(data_dir), *options])
+    return ask_trainer(["verify-data", str(data_dir), *options])
 
 
 # ---- fetching ----------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def fetch(request: Request, out: Path, say: Callable[[str], None]) -> dict[str, 
 def _adopt(folder: DataDir, request: Request, export: hub.Export, files: dict[str, str]) -> dict[str, Any]:
     """Let the trainer count what was fetched and write the manifest; what it comes to."""
     recipe = {"asked": request.recipe(), "commit": export.commit, "files": files}
-    return _trainer([
+    return ask_trainer([
         "adopt", str(folder.root), "--variant", export.variant, "--stated", json.dumps(export.stated),
         "--source", f"{export.name} of {export.repo} at {export.commit[:10]}", "--recipe", json.dumps(recipe),
     ])  # fmt: skip
@@ -281,12 +281,16 @@ def _remove_others(folder: DataDir, wanted: dict[Path, hub.HubFile]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _trainer(arguments: Sequence[str]) -> dict[str, Any]:
+def ask_trainer(arguments: Sequence[str], **variables: str) -> dict[str, Any]:
+    """Run a command of `python -m trainer`, with these variables in its environment, and return what it found.
+
+    Its progress goes to stderr. Raises the trainer's errors; MachineError where it cannot run here.
+    """
     source = str(Path(trainer.__file__).parent.parent)
     path = os.pathsep.join(part for part in (source, os.environ.get("PYTHONPATH", "")) if part)
     process = subprocess.run(
         [sys.executable, "-m", "trainer", *arguments, "--json"],
-        stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONPATH": path, **variables},
     )  # fmt: skip
     try:
         outcome: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])

@@ -259,7 +259,7 @@ def parse_study(text: str) -> Study:
             got = f", got {tables[key]!r}" if key in tables else ""
             raise ConfigError(f'a study needs {key} = "..."{got}')
     if not isinstance(tables.get("from", ""), str):
-        raise ConfigError(f'from must be the id of a run in quotes, got {tables["from"]!r}')
+        raise ConfigError(f"from must be the id of a run in quotes, got {tables['from']!r}")
     is_record = "confirm" in tables and not {"space", "search", "stop_early"} & set(tables)
     for key in () if is_record else ("space", "search"):
         if not isinstance(tables.get(key), Mapping) or not tables[key]:

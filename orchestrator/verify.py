@@ -24,6 +24,7 @@ from orchestrator.checks import (
     check_claims,
     check_evaluation,
     check_files,
+    exit_code,
     hash_of,
     judged,
     obstacle,
@@ -91,11 +92,7 @@ class Verification:
 
     @property
     def exit_code(self) -> int:
-        """0; DataError's where only the data at hand are wrong, which says nothing against the run; else ProtocolError's."""
-        if not self.failed:
-            return 0
-        is_about_data = all(check.name.startswith(DATA) for check in self.failed)
-        return DataError.exit_code if is_about_data else ProtocolError.exit_code
+        return exit_code(self.checks)
 
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -216,14 +213,18 @@ def write(run: RunDir, found: Verification) -> None:
 
 def verdict_on(run: RunDir, result_file: Path) -> str:
     """passed or failed, as the run's last verification has it; empty without one of this very result. Raises ProtocolError."""
-    if not run.verify.exists() or not result_file.exists():
+    return recorded_verdict(run.verify, result_file, f"caddie verify {run.run_id}")
+
+
+def recorded_verdict(path: Path, result_file: Path, command: str) -> str:
+    """The verdict in a record that `command` wrote; empty without one of this very result. Raises ProtocolError."""
+    if not path.exists() or not result_file.exists():
         return ""
-    record = protocol.read_json(run.verify)
+    record = protocol.read_json(path)
     verdict = record.get("verdict")
     if verdict not in (PASSED, FAILED) or "result_sha256" not in record:
         raise ProtocolError(
-            f"{run.verify}: not a verification: its verdict is {verdict!r}",
-            hint=f"make it again: caddie verify {run.run_id}",
+            f"{path}: this is no verdict on a run: its verdict is {verdict!r}", hint=f"make it again: {command}"
         )
     return str(verdict) if record["result_sha256"] == sha256_of(result_file) else ""
 
@@ -250,19 +251,19 @@ def shown(value: Value, check: Check) -> str:
 
 def as_text(found: Verification) -> str:
     """The table of all checks, and under what conditions they were made."""
-    head = ("Check", "Status", "Expected", "Found", "Tolerance")
-    rows = [
-        (
-            check.name, check.status, "≤ " * check.is_limit + shown(check.expected, check), shown(check.found, check),
-            f"{check.tolerance:g}" if check.tolerance else "",
-        )
-        for check in found.checks
-    ]  # fmt: skip
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
-    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:], "", *_conditions(found), "", summary(found)])
+    return "\n".join([*check_table(found.checks), "", *_conditions(found), "", summary(found)])
+
+
+def check_table(checks: Sequence[Check], *, has_notes: bool = False) -> list[str]:
+    """The lines of a table with a row a check; with its note, where that tells what was measured."""
+    rows = [("Check", "Status", "Expected", "Found", "Tolerance", *(["Measured"] if has_notes else []))]
+    for check in checks:
+        tolerance = f"{check.tolerance:g}" if check.tolerance else ""
+        values = ("≤ " * check.is_limit + shown(check.expected, check), shown(check.found, check), tolerance)
+        rows.append((check.name, check.status, *values, *([check.note] if has_notes else [])))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
 
 
 def _conditions(found: Verification) -> list[str]:
@@ -291,15 +292,23 @@ def summary(found: Verification) -> str:
 
 def failure_lines(found: Verification) -> list[str]:
     """Every failure in full, then what could not be decided and why."""
+    return lines_on(found.checks, found.failure)
+
+
+def lines_on(checks: Sequence[Check], failure: Failure | None) -> list[str]:
+    """The same of any checks, and of the bundle's own failure where it was run."""
     lines = []
-    for check in found.failed:
+    for check in checks:
+        if check.status != FAILED:
+            continue
         within = f" within {check.tolerance:g}" if check.tolerance else ""
         most = "at most " if check.is_limit else ""
         values = f"expected {most}{_full(check.expected)}{within}, found {_full(check.found)}"
+        values += f"; {check.note}" if check.note else ""
         lines += [f"error: {check.name}: {check.rule}: {values} ({check.place})", f"hint: {check.remedy}"]
-    if found.failure and found.failure.log:
-        lines += ["the bundle's last words:", *(f"  {line}" for line in found.failure.log.splitlines())]
-    undecided_checks = [check for check in found.checks if check.status == UNDECIDED]
+    if failure and failure.log:
+        lines += ["the bundle's last words:", *(f"  {line}" for line in failure.log.splitlines())]
+    undecided_checks = [check for check in checks if check.status == UNDECIDED]
     for note in dict.fromkeys(check.note for check in undecided_checks):
         names = ", ".join(check.name for check in undecided_checks if check.note == note)
         lines.append(f"note: undecided: {names}: {note}")

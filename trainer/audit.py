@@ -32,9 +32,9 @@ from trainer.overlap import overlap
 from trainer.prepare import Say
 from trainer.probes import Book, Committed, Driver, Judged
 from trainer.protocol import TRAIN, VALIDATION, EventLog, RunDir
-from trainer.publication import KNOWN, VARIANT, WINDOW_TOKENS, stream_bytes
+from trainer.publication import KNOWN, LOG_BYTES, VARIANT, WINDOW_TOKENS, stream_bytes
 from trainer.ttt import ChunkAdapter, DocumentAdapter
-from trainer.verification import Speller
+from trainer.verification import REPEATED_FRAC, Speller
 
 # Dimensions: B rows, L tokens of a row and its last target, P positions of a stream.
 
@@ -350,16 +350,18 @@ def data_facts(dataset: Dataset) -> dict[str, Any]:
     shards = dataset.shards(VALIDATION)
     tokens_N, table = dataset.validation_tokens().numpy(), dataset.byte_counts()
     facts: dict[str, Any] = {
+        "variant": dataset.manifest.recipe.get(VARIANT),
         "targets": len(tokens_N) - 1, "counted_bytes": stream_bytes(table, tokens_N), "published": None, "overlap": None,
     }  # fmt: skip
-    variant = dataset.manifest.recipe.get(VARIANT)
-    if variant in KNOWN:
+    if facts["variant"] in KNOWN:
         targets = (len(tokens_N) - 1) // WINDOW_TOKENS * WINDOW_TOKENS
-        counted = stream_bytes(table, tokens_N[: targets + 1])
         facts["published"] = {
-            "variant": variant, "targets": targets, "counted_bytes": counted, "known": dataclasses.asdict(KNOWN[variant])
+            "targets": targets, "counted_bytes": stream_bytes(table, tokens_N[: targets + 1]),
+            "window_tokens": WINDOW_TOKENS, "log_bytes": LOG_BYTES, "known": dataclasses.asdict(KNOWN[facts["variant"]]),
         }  # fmt: skip
     train_shards = dataset.manifest.splits[TRAIN].shards
     if all((dataset.folder.root / shard.file).is_file() for shard in train_shards):
-        facts["overlap"] = dataclasses.asdict(overlap(shards, dataset.shards(TRAIN)))
+        found = overlap(shards, dataset.shards(TRAIN))
+        most = int(REPEATED_FRAC * found.val_documents) if facts["variant"] is not None else 0
+        facts["overlap"] = {**dataclasses.asdict(found), "most_repeated": most}
     return facts

@@ -681,7 +681,7 @@ def parse_value(knob: str, text: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if isinstance(hint, types.GenericAlias):
             item = typing.get_args(hint)[0]
-            return tuple(item(part) for part in text.split(",") if part.strip())
+            return tuple(item(part.strip()) for part in text.split(",") if part.strip())
         return hint(text)
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{knob} is of type {getattr(hint, '__name__', hint)}, got {text!r}") from error

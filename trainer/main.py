@@ -75,7 +75,7 @@ class Run:
     world: World
     log: EventLog
     stop: StopSignal
-    found: dict[str, Any] = field(default_factory=lambda: {"scores": {}, "chains": {}})
+    found: dict[str, Any] = field(default_factory=lambda: {"scores": {}, "chains": {}, "train_seconds": 0.0})
     """Fields of the result, as they become known."""
 
     def phase(self, name: str) -> Any:
@@ -117,7 +117,7 @@ def recheck(directory: RunDir, data_dir: Path) -> int:
         unknown = dict.fromkeys(("run_id", "preset", "data_dir", "manifest_sha256", "bundle_sha256"), "")
         spec = Spec(**{**unknown, "seed": 0, "replicate": 0, "config": file.meta["config"], "code": {}})
         run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal())
-        run.found.update(train_seconds=0.0, artifact_sha256=protocol.sha256_of(directory.artifact))
+        run.found["artifact_sha256"] = protocol.sha256_of(directory.artifact)
         with fastest_kernels():
             dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(protocol.VALIDATION,))
             score_stored(run, stream_of(run, dataset))
@@ -196,11 +196,11 @@ def execute(run: Run) -> None:
     with run.phase("load"):
         dataset = Dataset.open(Path(run.spec.data_dir), config.model.vocab_size, run.spec.manifest_sha256)
     if run.spec.source:
-        run.found["train_seconds"] = 0.0
         if world.is_first:
             take_over(run)
         world.agree(0.0)  # the others read the file only now
-        return score_stored(run, stream_of(run, dataset))
+        score_stored(run, stream_of(run, dataset))
+        return
     with run.phase("load"):
         torch.manual_seed(run.spec.seed)
         model = build_model(config, world)
@@ -294,8 +294,10 @@ def stored_model(run: Run, *, compiles: bool = True) -> tuple[Model, bool]:
     """A fresh model from `artifact.bin`, and whether its repeated layers are on. Raises ProtocolError."""
     path = run.directory.artifact
     file = artifact.load(path.read_bytes(), str(path))
-    model = build_model(from_mapping(file.meta["config"]), run.world, compiles=compiles)
-    model.load_state_dict(corrected(file.state()))
+    config = from_mapping(file.meta["config"])
+    model = build_model(config, run.world, compiles=compiles)
+    state = file.state()
+    model.load_state_dict(corrected(state) if config.quant.low_rank_tensors else state)
     return model.eval(), bool(file.meta["recurrent"])
 
 
@@ -322,7 +324,12 @@ def score_stored(run: Run, stream: Stream) -> None:
     else:
         fresh, recurrent = stored_model(run)
         adapter = ChunkAdapter(
-            fresh, stream, config=config, length=run.config.evaluation.sequence_length, recurrent=recurrent, world=run.world
+            fresh,
+            stream,
+            config=config,
+            length=run.config.evaluation.sequence_length,
+            recurrent=recurrent,
+            world=run.world,
         )
         adapted = stage_score(run, protocol.TTT, fresh, stream, recurrent, adapter)
         run.found["parity_nats"] = require_parity(plain.first_chunk_loss, adapted.first_chunk_loss)

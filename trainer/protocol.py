@@ -7,7 +7,7 @@
     runs/<run_id>/attempts/N/events.jsonl              trainer, rank 0, append-only
     runs/<run_id>/attempts/N/result.json               trainer (or worker), whole, last
     runs/<run_id>/artifact.bin, checkpoint/            trainer
-    runs/<run_id>/verify.json                          orchestrator, when somebody checks the run, replaced by the next check
+    runs/<run_id>/verify.json, audit.json              orchestrator, when somebody checks the run, replaced by the next check
 
 A data set is a folder of shards, a tokenizer and `manifest.json`, which says what belongs to it: `DataDir`, `Manifest`.
 """
@@ -138,6 +138,10 @@ class RunDir:
     @property
     def verify(self) -> Path:  # what a clean-room check of this run found
         return self.root / "verify.json"
+
+    @property
+    def audit(self) -> Path:  # what probes of this run's stored model and a replay of its events found
+        return self.root / "audit.json"
 
     def attempt(self, number: int) -> AttemptDir:
         return AttemptDir(self.root / "attempts" / str(number))

@@ -86,7 +86,8 @@ def notes_on(manifest: Manifest, val_tokens_N: np.ndarray, table: TokenBytes) ->
     counts = {"docs_val": validation.documents, "tokens_val": validation.tokens}
     stated = manifest.recipe.get(STATED, {})
     known = against_known(str(manifest.recipe[VARIANT]), val_tokens_N, table)
-    return [known] * (known is not None) + [
+    notes = [] if known is None else [known]
+    return notes + [
         f"the publisher's manifest says {key} {stated[key]:,}, the validation shards have {counted:,}: ask which is meant"
         for key, counted in counts.items()
         if stated.get(key, counted) != counted

@@ -68,7 +68,8 @@ def quantize(
         else:
             is_exact = group == "scalar" and not config.half_vectors
             rounded.tensors[name] = tensor if is_exact else tensor.half()
-    _correct(model, config, rounded)
+    if config.low_rank_tensors:
+        _correct(model, config, rounded)
     return rounded
 
 
@@ -152,7 +153,7 @@ def _correct(model: Model, config: QuantConfig, rounded: Rounded) -> None:
     errors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         stored = rounded.tensors[name]
-        if isinstance(stored, Quantized) and config.low_rank_tensors:
+        if isinstance(stored, Quantized):
             errors[name] = parameter.detach().float() - stored.dequantize()
     worst = sorted(errors, key=lambda name: -float(errors[name].norm()))[: config.low_rank_tensors]
     for name in worst:

@@ -41,7 +41,9 @@ def require_parity(plain_loss: float, ttt_loss: float) -> float:
     return difference
 
 
-def learners(model: Model, config: TTTConfig, *, recurrent: bool, adapters: int, device: torch.device) -> list[nn.Parameter]:
+def learners(
+    model: Model, config: TTTConfig, *, recurrent: bool, adapters: int, device: torch.device
+) -> list[nn.Parameter]:
     """What learns; all else is frozen. Under `lora`, so many adapters side by side are put into the model."""
     if config.method == "lora":
         model.requires_grad_(False)
@@ -142,7 +144,9 @@ class DocumentAdapter:
     def _differentiate(self, tokens_BT: Tensor, targets_BT: Tensor, weights_B: Tensor, *, scored: int) -> Tensor:
         """Each document's gradient, times its weight and clipped, in the place of what was there."""
         self.gradients.all.zero_()
-        loss = (self.model.nats(tokens_BT, targets_BT, recurrent=self.recurrent, scored=scored).mean(1) * weights_B).sum()
+        loss = (
+            self.model.nats(tokens_BT, targets_BT, recurrent=self.recurrent, scored=scored).mean(1) * weights_B
+        ).sum()
         loss.backward()
         if self.config.grad_clip_norm:
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]

@@ -12,15 +12,17 @@ from tests.trainer.test_gptq import correlated_inputs, weights
 from tests.trainer.tiny import CONFIG, LENGTH, random_model, random_tokens, rounded
 from trainer import kernels, protocol
 from trainer.attention import fastest_kernels, rotary_tables
+from trainer.by_document import Documents, evaluate_documents
 from trainer.config import Config, EvaluationConfig, QuantConfig, TTTConfig, with_knobs
 from trainer.distributed import World
 from trainer.evaluate import Stream, evaluate, plan_windows
 from trainer.graphs import Recorded
+from trainer.lora import LoRA
 from trainer.model import Model
 from trainer.muon import newton_schulz
 from trainer.protocol import read_lines
 from trainer.train import Network
-from trainer.ttt import PARITY_TOLERANCE, ChunkAdapter, require_parity
+from trainer.ttt import PARITY_TOLERANCE, ChunkAdapter, DocumentAdapter, require_parity
 
 pytestmark = [
     pytest.mark.gpu,
@@ -230,6 +232,46 @@ def test_the_first_chunk_of_ttt_scores_as_sliding_evaluation_does(is_recorded):
     assert abs(require_parity(sliding.first_chunk_loss, adapted.first_chunk_loss)) <= PARITY_TOLERANCE
     assert math.isfinite(adapted.score.loss)
     assert adapted.score.loss < sliding.score.loss
+
+
+@pytest.mark.parametrize("targets", [("q", "k", "v", "out", "mlp", "head"), ("up", "down")])
+@pytest.mark.parametrize("adapters", [1, 4])
+def test_fresh_adapters_change_nothing_beside_fused_kernels(targets, adapters):
+    config = TTTConfig(method="lora", lora_rank=8, lora_targets=targets)
+    model, tokens = wide_model().eval(), random_tokens(rows=4, length=LENGTH + 1).to(DEVICE)
+    with fastest_kernels(), torch.no_grad():
+        plain = model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=True, scored=LENGTH)
+        model.lora = LoRA(model.config, model.layer_order(True), config, adapters=adapters, device=DEVICE)
+        adapted = model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=True, scored=LENGTH)
+    # All but the MLP's own matrices and the head stand beside what is fused: a term of zeros changes no bit.
+    tolerance = 0.05 if "up" in targets else 1e-4
+    torch.testing.assert_close(adapted, plain, atol=tolerance, rtol=0)
+
+
+def test_documents_are_adapted_to_by_recorded_graphs_as_by_eager_code():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randint(2, 64, (5,), generator=generator).repeat(7)[:length] for length in (30, 9, 17, 4, 12)]
+    tokens = torch.cat([part for phrase in parts for part in (torch.tensor([1]), phrase)])
+    text = Stream(tokens.int().to(DEVICE), torch.ones(tokens.numel() - 1, dtype=torch.int64, device=DEVICE))
+    world = World(rank=0, size=1, device=DEVICE)
+    config = TTTConfig(
+        method="lora", lora_unit="document", document_tokens=4, batch_documents=2, lr=0.02, lora_targets=("q", "out", "head")
+    )  # fmt: skip
+    losses = []
+    with fastest_kernels():
+        for is_recorded in (True, False):
+            model = wide_model().eval()
+            documents = Documents(text, text.documents(1), config=config, length=LENGTH, recurrent=True, world=world)
+            plain = documents.first_loss(model.nats)
+            adapter = DocumentAdapter(model, config=config, recurrent=True, world=world)
+            scorer = Recorded(model.nats, is_pure=True) if is_recorded else model.nats
+            if not is_recorded:
+                adapter.differentiate = adapter.differentiate.function
+            assert abs(require_parity(plain, documents.first_loss(scorer))) <= PARITY_TOLERANCE
+            losses.append(evaluate_documents(scorer, documents, adapter=adapter).loss)
+            unadapted = evaluate_documents(wide_model().eval().nats, documents).loss
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)  # bfloat16, and AdamW's steps on small gradients
+    assert losses[0] < unadapted
 
 
 def test_rotary_tables_are_the_same_eager_and_compiled():

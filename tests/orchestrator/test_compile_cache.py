@@ -104,6 +104,13 @@ def key_of(spec, *, processes=8, packages=PACKAGES, gpus=(H100,)):
         {"ttt__lr": 0.01},
         {"ttt__momentum": 0.5},
         {"ttt__epochs": 1},
+        {
+            "ttt__weight_decay": 0.5,
+            "ttt__adam_beta1": 0.0,
+            "ttt__adam_beta2": 0.9,
+            "ttt__adam_eps": 1e-10,
+            "ttt__lora_seed": 3,
+        },
         {"ttt__grad_clip_norm": 0.5},
         {"model__qk_gain": 2.5},
         {"model__embedding_std": 0.1},

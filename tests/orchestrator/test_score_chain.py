@@ -101,7 +101,9 @@ def test_a_chunk_learned_before_it_was_scored_is_told_however_well_it_is_chained
     early = of(events, protocol.LEARNED, protocol.TTT, 2)
     events.remove(early)
     events.insert(events.index(of(events, protocol.SCORED, protocol.TTT, 2)), early)
-    assert problems(*rechained(events, result)) == ["ttt, chunk 2: it was learned before it was scored, positions 8 to 11"]
+    assert problems(*rechained(events, result)) == [
+        "ttt, chunk 2: it was learned before it was scored, positions 8 to 11"
+    ]
 
 
 @pytest.mark.parametrize(

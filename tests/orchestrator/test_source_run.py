@@ -68,11 +68,11 @@ def test_any_other_knob_and_other_data_are_refused_with_both_values(home, run):
         source_run.require_scorable(source, source.config, "0" * 64)
 
 
-def request_of(source, **changes):
+def request_of(found, **changes):
     return RunRequest(**{
-        "preset": "smoke", "config": source.config, "seed": source.spec.seed, "data_dir": source.spec.data_dir,
-        "manifest_sha256": source.spec.manifest_sha256, "source": source.spec.run_id,
-        "source_sha256": source.artifact_sha256, **changes,
+        "preset": "smoke", "config": found.config, "seed": found.spec.seed, "data_dir": found.spec.data_dir,
+        "manifest_sha256": found.spec.manifest_sha256, "source": found.spec.run_id,
+        "source_sha256": found.artifact_sha256, **changes,
     })  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_the_check_before_a_study_compares_it_with_its_source(home, run, monkeyp
 
 
 def test_a_record_from_a_run_has_a_name_of_its_own_and_keeps_its_source():
-    ask = dict(data="d", seeds=(7,), knobs={"ttt.lr": 0.005})
+    ask = {"data": "d", "seeds": (7,), "knobs": {"ttt.lr": 0.005}}
     plain, scored, other = (record_study("smoke", **ask, from_run=run) for run in ("", "abc", "abd"))
     assert (plain.from_run, scored.from_run) == ("", "abc")
     assert len({plain.name, scored.name, other.name}) == 3

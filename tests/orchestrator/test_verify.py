@@ -418,7 +418,7 @@ def test_a_verdict_holds_for_the_result_that_was_checked_and_no_other(tmp_path: 
 def test_a_verdict_that_is_none_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     run.verify.write_text('{"verdict": "splendid"}')
-    with pytest.raises(ProtocolError, match="not a verification: its verdict is 'splendid'") as caught:
+    with pytest.raises(ProtocolError, match="no verdict on a run: its verdict is 'splendid'") as caught:
         verdict_on(run, run.attempt(1).result)
     assert caught.value.hint == f"make it again: caddie verify {run.run_id}"
 

@@ -41,7 +41,9 @@ def documents_of(stream, *, config=TTT, world=ALONE, length=LENGTH):
 def adapted_score(tokens, *, config=TTT, world=ALONE, chain=None):
     model, stream = random_model(), stream_of(tokens)
     adapter = DocumentAdapter(model, config=config, recurrent=True, world=world)
-    return evaluate_documents(model.nats, documents_of(stream, config=config, world=world), adapter=adapter, chain=chain)
+    return evaluate_documents(
+        model.nats, documents_of(stream, config=config, world=world), adapter=adapter, chain=chain
+    )
 
 
 class Witness:
@@ -58,7 +60,9 @@ class Witness:
         self.story.append(("began", None))
 
     def learn(self, tokens, targets, learns, *, scored):
-        self.story.append(("learned", [row for row, is_on in zip(tokens.tolist(), learns.tolist(), strict=True) if is_on]))
+        self.story.append(
+            ("learned", [row for row, is_on in zip(tokens.tolist(), learns.tolist(), strict=True) if is_on])
+        )
 
 
 def numbered(lengths):

@@ -58,7 +58,9 @@ SPLIT = 41
 
 @pytest.mark.parametrize(("length", "stride"), [(8, 4), (8, 8), (8, 1), (8, 3), (64, 16)])
 @pytest.mark.parametrize("chunk_tokens", [5, 8, 40])
-def test_windows_of_documents_score_every_position_once_and_read_nothing_before_its_document(length, stride, chunk_tokens):
+def test_windows_of_documents_score_every_position_once_and_read_nothing_before_its_document(
+    length, stride, chunk_tokens
+):
     windows = plan_documents(torch.tensor(DOCUMENTS), SPLIT - 1, length=length, stride=stride).cut(chunk_tokens)
     places = windows.places_3W.T.tolist()
     assert sorted(p for _, begin, end in places for p in range(begin, end)) == list(range(SPLIT - 1))
@@ -67,7 +69,7 @@ def test_windows_of_documents_score_every_position_once_and_read_nothing_before_
         after = min([first for first in DOCUMENTS if first > begin], default=SPLIT - 1)
         assert document <= start and end <= min(after, start + windows.length)
         assert begin - start >= min(begin - document, windows.length - windows.stride)  # as much context as asked
-    for whole, later in zip(places, places[1:], strict=False):
+    for whole, later in itertools.pairwise(places):
         assert whole[1] // chunk_tokens <= later[1] // chunk_tokens
         assert whole[1] // chunk_tokens == (whole[2] - 1) // chunk_tokens
 
@@ -94,7 +96,13 @@ def test_by_document_each_target_is_predicted_from_as_much_of_its_own_document_a
     stream = stream_of(SPLIT)
     windows = plan_documents(torch.tensor(DOCUMENTS), stream.positions, length=8, stride=stride)
     score = evaluate(
-        context_lengths, stream, windows, config=dataclasses.replace(CONFIG, protocol="documents"), recurrent=False, world=ALONE, chunk_tokens=chunk_tokens
+        context_lengths,
+        stream,
+        windows,
+        config=dataclasses.replace(CONFIG, protocol="documents"),
+        recurrent=False,
+        world=ALONE,
+        chunk_tokens=chunk_tokens,
     ).score
     sizes = [after - first for first, after in itertools.pairwise([*DOCUMENTS, SPLIT - 1])]
     assert score.nats == sum(lengths_written_out(size, length=8, stride=stride) for size in sizes)
@@ -103,7 +111,12 @@ def test_by_document_each_target_is_predicted_from_as_much_of_its_own_document_a
 
 def test_documents_begin_at_every_bos_and_at_the_front():
     tokens = torch.tensor([5, 1, 4, 1, 1, 7, 1])
-    assert Stream(tokens, torch.zeros(6, dtype=torch.int64)).documents(1).tolist() == [0, 1, 3, 4]  # the last predicts nothing
+    assert Stream(tokens, torch.zeros(6, dtype=torch.int64)).documents(1).tolist() == [
+        0,
+        1,
+        3,
+        4,
+    ]  # the last predicts nothing
 
 
 def test_the_chain_has_each_chunk_before_it_is_learned_from_and_adds_up_to_the_score(tmp_path):

@@ -23,8 +23,16 @@ OTHER = {
 }  # fmt: skip
 """What the smoke preset does in another way."""
 
+BY_DOCUMENT = {
+    "ttt__method": "lora", "ttt__lora_unit": "document", "ttt__document_tokens": 8, "ttt__batch_documents": 4,
+    "ttt__lora_targets": ("q", "k", "v", "out", "mlp", "head"), "ttt__lr": 0.01, "evaluation__protocol": "documents",
+}  # fmt: skip
+"""Documents apart, each with its adapter."""
 
-@pytest.mark.parametrize("knobs", [PLAIN, OTHER], ids=["plain", "other"])
+LORA = {"ttt__method": "lora", "ttt__lora_targets": ("up", "down"), "ttt__lora_optimizer": "sgd", "ttt__lr": 0.5}
+
+
+@pytest.mark.parametrize("knobs", [PLAIN, OTHER, BY_DOCUMENT, LORA], ids=["plain", "other", "by_document", "lora"])
 def test_a_bundle_of_other_choices_gives_what_the_source_gives(knobs, tmp_path, prepared):
     config = micro_config(**knobs)
     assert build(config) != build(micro_config())

@@ -8,7 +8,13 @@ from trainer.config import LORA_TARGETS, TTTConfig
 from trainer.lora import LoRA
 
 EVERY = TTTConfig(method="lora", lora_rank=3, lora_targets=LORA_TARGETS, lora_scale=0.7)
-MATRICES = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "out": "attention.out", "up": "mlp.up"}
+MATRICES = {
+    "q": "attention.query",
+    "k": "attention.key",
+    "v": "attention.value",
+    "out": "attention.out",
+    "up": "mlp.up",
+}
 MATRICES["down"] = "mlp.down"
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}  # float32 products in another order, through six layers
 
@@ -68,7 +74,9 @@ def test_a_tied_head_is_adapted_and_the_embedding_is_not():
 
 def test_mlp_is_a_term_beside_the_whole_mlp():
     knobs = {"recurrence_layers": (), "parallel_start_layer": -1}
-    model = with_adapters(random_model(**knobs), dataclasses.replace(EVERY, lora_targets=("mlp",)), recurrent=False, noise=0.3)
+    model = with_adapters(
+        random_model(**knobs), dataclasses.replace(EVERY, lora_targets=("mlp",)), recurrent=False, noise=0.3
+    )
     for terms in model.lora.layers[:-1]:
         terms.pairs["mlp"][1].data.zero_()  # only the last block's
     heard, plain = {}, random_model(**knobs)
@@ -96,7 +104,9 @@ def test_each_row_of_a_batch_has_its_own_adapter(scored):
         alone = with_adapters(random_model())
         for mine, whole in zip(alone.lora.parameters, together.lora.parameters, strict=True):
             mine.data.copy_(whole.data[row : row + 1])
-        torch.testing.assert_close(found[row : row + 1], nats(alone, tokens=tokens[row : row + 1], scored=scored), **ROUNDING)
+        torch.testing.assert_close(
+            found[row : row + 1], nats(alone, tokens=tokens[row : row + 1], scored=scored), **ROUNDING
+        )
 
 
 def test_a_row_s_loss_gives_no_gradient_to_another_row_s_adapter():

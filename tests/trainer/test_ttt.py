@@ -185,7 +185,9 @@ def test_two_processes_end_with_the_same_weights_and_the_score_of_one(stream, pa
     alone, expected, _ = learn_twice(ALONE, stream.tokens_N, config)
     assert (nats, tokens) == (pytest.approx(expected, rel=1e-5), stream.positions)
     for one, both in zip(alone, mine, strict=True):
-        torch.testing.assert_close(torch.tensor(both), torch.tensor(one), atol=2e-3, rtol=1e-2)  # AdamW on tiny gradients
+        torch.testing.assert_close(
+            torch.tensor(both), torch.tensor(one), atol=2e-3, rtol=1e-2
+        )  # AdamW on tiny gradients
 
 
 def test_learning_rate_is_a_cosine_over_chunks():

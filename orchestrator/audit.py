@@ -1,0 +1,228 @@
+"""The audit: whether a run's scores mean what they say. Probes, a replay of its log and a watched evaluation; its verdict.
+
+`verify` shows that the files give the scores; here it is shown on what they depend, by measurements on a sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import __version__, clean_room, datasets
+from orchestrator.budget import check_reach, check_seconds
+from orchestrator.checks import (
+    FAILED,
+    MISSING,
+    NOTED,
+    PASSED,
+    UNDECIDED,
+    Check,
+    Claims,
+    Rule,
+    check_claims,
+    check_files,
+    exit_code,
+    hash_of,
+    judged,
+    obstacle,
+    read_claims,
+    read_data,
+)
+from orchestrator.clean_room import Evaluation
+from orchestrator.conditions import check_conditions, tolerance
+from orchestrator.errors import CaddieError, ConfigError, DataError, MachineError
+from orchestrator.home import home_of
+from orchestrator.liveness import check_liveness
+from orchestrator.open_rules import note_open_rules
+from orchestrator.runs import RunStore
+from orchestrator.splits import check_split
+from orchestrator.verify import check_table, choose_gpus, expectation, lines_on, recorded_verdict
+from trainer import protocol
+from trainer.protocol import DataDir, Failure, RunDir
+
+PROBES = Rule(
+    "probes",
+    "the stored model must be fit to be probed",
+    "put back the model file that the run wrote; else this version of caddie does not read it: audit with that of `code`",
+)
+LEFT_OUT = "left out: --no-evaluation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """All that was found of one run."""
+
+    run_id: str
+    verdict: str
+    """passed, or failed."""
+
+    checks: tuple[Check, ...]
+    measured: dict[str, Any] | None
+    """The probes' own numbers, and the sample that they were taken on; None where nothing was probed."""
+
+    bundle_sha256: str | None
+    """Of the file that was found, as the next; None where there was none."""
+
+    artifact_sha256: str | None
+    result_sha256: str | None
+    data_dir: str
+    evaluation_seconds: float | None
+    """Of the watched evaluation, from its start to its end; None without one."""
+
+    failure: Failure | None
+    """Why the bundle gave no scores, with the end of its log."""
+
+    wall_seconds: float
+    time: float
+    """Unix time at the end."""
+
+    caddie: str = __version__
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.status == FAILED)
+
+    @property
+    def exit_code(self) -> int:
+        return exit_code(self.checks)
+
+
+def audit(
+    run: RunDir, *, data_dir: Path | None = None, gpus: int | None = None, sample: int, seed: int = 0,
+    timeout_seconds: float, evaluates: bool = True, say: Callable[[str], None] = lambda _: None,
+) -> Audit:  # fmt: skip
+    """Probe a run, replay its log and watch its evaluation, on its own data set or another copy of it; writes nothing.
+
+    Raises ConfigError, MachineError, and OSError where the disk cannot take the copies.
+    """
+    started, claims = time.monotonic(), read_claims(run)
+    visible = choose_gpus(claims, gpus)
+    root = data_dir or (Path(claims.spec.data_dir) if claims.spec else None)
+    data, data_checks = read_data(claims, root)
+    checks = [*check_claims(claims), *check_files(claims), *data_checks]
+    why_not = obstacle(claims, checks, data)
+    why_not = why_not or next((_told(check) for check in checks if check.status == FAILED and _decides(check)), "")
+    measured, evaluation = None, None
+    if why_not or data is None or root is None:
+        checks.append(dataclasses.replace(judged(PROBES, protocol.COMPLETE, None, run.artifact), note=why_not))
+    else:
+        say(f"{run.run_id}: probing {run.artifact.name} on {sample:,} positions, seed {seed}")
+        measured = probe(run, root, visible[:1], sample=sample, seed=seed, checks=checks)
+        if evaluates:
+            say(f"{run.run_id}: scoring {run.artifact.name} alone, watched{expectation(claims)}")
+            evaluation = clean_room.evaluate(
+                run, DataDir(root), data.manifest, gpus=visible, timeout_seconds=timeout_seconds, is_watched=True
+            )
+    if measured is not None and root is not None:
+        checks += check_conditions(claims, measured)
+        checks += check_split(measured, root)
+        checks += check_liveness(RunStore(home_of(run)), claims, measured)
+    checks += check_seconds(claims, evaluation)
+    checks += check_reach(claims, evaluation, why_not or LEFT_OUT)
+    checks += note_open_rules(claims)
+    return _concluded(claims, checks, measured, evaluation, root=root, seconds=time.monotonic() - started)
+
+
+def _decides(check: Check) -> bool:
+    """Whether nothing that is measured would be the run's: other files than its own, or none that can be read."""
+    return check.name.startswith(("spec", "model.", "data."))
+
+
+def _told(check: Check) -> str:
+    return f"not probed: {check.name} failed"
+
+
+def probe(
+    run: RunDir, root: Path, gpus: Sequence[str], *, sample: int, seed: int, checks: list[Check]
+) -> dict[str, Any] | None:
+    """What the trainer's process measures, on one GPU or the CPU; None, and a failed check, where it cannot.
+
+    Raises MachineError, ConfigError for a sample that cannot be meant.
+    """
+    if sample < 1:
+        raise ConfigError(f"--sample must be at least 1 position, got {sample}", hint="--sample 32768 is the default")
+    options = ["audit", str(run.root), "--data", str(root), "--sample", str(sample), "--seed", str(seed)]
+    try:
+        return datasets.ask_trainer(options, CUDA_VISIBLE_DEVICES=",".join(gpus))
+    except MachineError:
+        raise
+    except CaddieError as error:
+        checks.append(judged(PROBES, protocol.COMPLETE, str(error), run.artifact))
+        return None
+
+
+def _concluded(
+    claims: Claims, checks: Sequence[Check], measured: dict[str, Any] | None, evaluation: Evaluation | None, *,
+    root: Path | None, seconds: float,
+) -> Audit:  # fmt: skip
+    """The checks with all that is needed to repeat them."""
+    run = claims.run
+    hashes = [
+        None if (found := hash_of(path)) == MISSING else found
+        for path in (run.bundle, run.artifact, claims.result_file)
+    ]
+    return Audit(
+        run_id=run.run_id, verdict=FAILED if any(check.status == FAILED for check in checks) else PASSED,
+        checks=tuple(checks), measured=measured, bundle_sha256=hashes[0], artifact_sha256=hashes[1],
+        result_sha256=hashes[2], data_dir=str(root or ""),
+        evaluation_seconds=evaluation.wall_seconds if evaluation else None,
+        failure=evaluation.failure if evaluation else None, wall_seconds=round(seconds, 2), time=time.time(),
+    )  # fmt: skip
+
+
+def write(run: RunDir, found: Audit) -> None:
+    """Write `audit.json`, whole; raises StorageError."""
+    protocol.write_json_atomically(run.audit, dataclasses.asdict(found))
+
+
+def verdict_on(run: RunDir, result_file: Path) -> str:
+    """passed or failed, as the run's last audit has it; empty without one of this very result. Raises ProtocolError."""
+    return recorded_verdict(run.audit, result_file, f"caddie audit {run.run_id}")
+
+
+# ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_text(found: Audit) -> str:
+    """The table of all checks with what was measured, and on what sample."""
+    return "\n".join([*check_table(found.checks, has_notes=True), "", *_conditions(found), "", summary(found)])
+
+
+def _conditions(found: Audit) -> list[str]:
+    """How the numbers came about."""
+    lines = [f"data       {found.data_dir}"]
+    if found.measured is not None:
+        sample, device = found.measured["sample"], found.measured["device"]
+        nats, reason = tolerance(device)
+        whole = sample["last"] - sample["first"] == sample["positions"]
+        places = "all of them" if whole else f"{sample['first']:,} to {sample['last'] - 1:,}"
+        lines = [
+            f"sample     {sample['last'] - sample['first']:,} of {sample['positions']:,} positions, {places}, seed {sample['seed']}; "
+            f"rows of {sample['length']:,}, the last {sample['stride']:,} scored, chunks of {sample['chunk_tokens']:,}",
+            f"tolerance  {nats:g} nats on {device}: {reason}",
+            *lines,
+        ]
+    counts = Counter(check.status for check in found.checks)
+    kinds = ", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, UNDECIDED, NOTED) if counts[status])
+    return [*lines, f"checks     {kinds}; {found.wall_seconds:.1f} s"]
+
+
+def summary(found: Audit) -> str:
+    """The verdict in one sentence."""
+    failed, count = len(found.failed), sum(check.status != NOTED for check in found.checks)
+    if not failed:
+        passed = sum(check.status == PASSED for check in found.checks)
+        return f"{found.run_id}: audited, {passed} of {count} checks passed"
+    if found.exit_code == DataError.exit_code:
+        return f"{found.run_id}: not audited, the data at hand are not the run's"
+    return f"{found.run_id}: AUDIT FAILED, {failed} of {count} checks failed"
+
+
+def failure_lines(found: Audit) -> list[str]:
+    """Every failure in full, then what could not be decided and why."""
+    return lines_on(found.checks, found.failure)

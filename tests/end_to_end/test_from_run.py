@@ -1,0 +1,81 @@
+"""A trained run, then its stored model scored again by the command and by a study: no training, the same books."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from orchestrator.evidence import gather
+from orchestrator.home import Home
+from orchestrator.score_chain import problems
+from tests.end_to_end.micro import DATA, caddie
+from tests.trainer.make_run import MICRO
+from trainer import protocol
+from trainer.protocol import read_lines, read_spec
+
+SWEEP = """
+name = "sweep"
+question = "Which rate of test-time training suits this model?"
+preset = "smoke"
+data = "{data}"
+from = "{run}"
+
+[set]
+{settings}
+
+[space."ttt.lr"]
+low = 0.01
+high = 1.0
+log = true
+
+[search]
+trials = 2
+startup_trials = 1
+"""
+
+
+def toml(values: dict[str, object]) -> str:
+    return "\n".join(f'"{knob}" = {json.dumps(value)}' for knob, value in values.items())
+
+
+def test_a_stored_model_is_scored_again_by_the_command_and_by_a_study(make_home: Callable[[str], Home]) -> None:
+    home = make_home("home")
+    settings = [word for knob, value in MICRO.items() for word in ("--set", f"{knob}={value}")]
+    begin = ("--home", str(home.root))
+    made = caddie(*begin, "run", "smoke", "--data", DATA, "--seeds", "5", "--name", "made", *settings, cwd=home.root)
+    assert made.returncode == 0, made.stderr
+    (base,) = gather(home, "made").arms[0].runs
+    assert base.result is not None
+
+    again = caddie(*begin, "run", "--from", base.run_id[:10], "--set", "ttt.lr=0.5", "--name", "again", cwd=home.root)
+    assert again.returncode == 0, again.stderr
+    evidence = gather(home, "again")
+    (run,) = evidence.arms[0].runs
+    assert run.result is not None and run.run_id != base.run_id
+    assert read_spec(home.run(run.run_id).spec).source == base.run_id
+    assert "train" not in run.result.phases
+    assert (run.bpb(protocol.ROUNDTRIP), run.bpb(protocol.SLIDING)) == (
+        base.bpb(protocol.ROUNDTRIP),
+        base.bpb(protocol.SLIDING),
+    )
+    assert run.bpb(protocol.TTT) != base.bpb(protocol.TTT)
+    assert f"{run.bpb(protocol.TTT):.4f}" in again.stdout
+    assert home.mlflow_database.exists() and evidence.problems == ()
+    assert evidence.cpu_run_seconds > 0  # the ledger has it
+    events = [event for _, event in read_lines(home.run(run.run_id).attempt(1).events)]
+    assert problems(events, run.result) == []
+    checked = caddie(*begin, "verify", run.run_id, cwd=home.root)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+    file = home.root / "sweep.toml"
+    file.write_text(SWEEP.format(data=DATA, run=base.run_id, settings=toml(MICRO)), encoding="utf-8")
+    swept = caddie(*begin, "study", "run", str(file), cwd=home.root)
+    assert swept.returncode == 0, swept.stderr
+    trials = gather(home, "sweep").trials
+    assert [trial.trial.value for trial in trials] == [trial.runs[0].bpb(protocol.TTT) for trial in trials]
+    assert trials[0].trial.value == base.bpb(protocol.TTT)  # the preset's own rate: the same weights, scored again
+    assert trials[1].trial.value != trials[0].trial.value
+
+    refused = caddie(*begin, "run", "--from", base.run_id, "--set", "quant.mlp_bits=5", cwd=home.root)
+    assert refused.returncode == 3
+    assert "quant.mlp_bits is 5, there 6" in refused.stderr
