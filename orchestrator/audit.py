@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import __version__, clean_room, datasets
+from orchestrator import __version__, bundle, clean_room, datasets
 from orchestrator.budget import check_reach, check_seconds
 from orchestrator.checks import (
     FAILED,
@@ -25,10 +26,12 @@ from orchestrator.checks import (
     Claims,
     Rule,
     check_claims,
+    check_evaluation,
     check_files,
     exit_code,
     hash_of,
     judged,
+    noted,
     obstacle,
     read_claims,
     read_data,
@@ -41,7 +44,7 @@ from orchestrator.liveness import check_liveness
 from orchestrator.open_rules import note_open_rules
 from orchestrator.runs import RunStore
 from orchestrator.splits import check_split
-from orchestrator.verify import check_table, choose_gpus, expectation, lines_on, recorded_verdict
+from orchestrator.verify import check_table, choose_gpus, expectation, lines_on, tolerance_of
 from trainer import protocol
 from trainer.protocol import DataDir, Failure, RunDir
 
@@ -50,6 +53,7 @@ PROBES = Rule(
     "the stored model must be fit to be probed",
     "put back the model file that the run wrote; else this version of caddie does not read it: audit with that of `code`",
 )
+SOURCE = Rule("probes.source", "the probes should run the code that the bundle was packed from", "")
 LEFT_OUT = "left out: --no-evaluation"
 
 
@@ -119,10 +123,13 @@ def audit(
                 run, DataDir(root), data.manifest, gpus=visible, timeout_seconds=timeout_seconds, is_watched=True
             )
     if measured is not None and root is not None:
+        checks.append(check_source(claims))
         checks += check_conditions(claims, measured)
         checks += check_split(measured, root)
         checks += check_liveness(RunStore(home_of(run)), claims, measured)
     checks += check_seconds(claims, evaluation)
+    if evaluation is not None:
+        checks += check_evaluation(claims, evaluation, tolerance_of(claims, visible)[0])
     checks += check_reach(claims, evaluation, why_not or LEFT_OUT)
     checks += note_open_rules(claims)
     return _concluded(claims, checks, measured, evaluation, root=root, seconds=time.monotonic() - started)
@@ -156,6 +163,20 @@ def probe(
         return None
 
 
+def check_source(claims: Claims) -> Check:
+    """Whether the code that was probed is the bundle's own; else only the scores tie the two together."""
+    assert claims.spec is not None and claims.config is not None, "something was probed"
+    try:
+        packed = hashlib.sha256(bundle.build(claims.config)).hexdigest()
+    except CaddieError as error:
+        packed = str(error)
+    planned, place = claims.spec.bundle_sha256, claims.run.bundle
+    if packed == planned:
+        return dataclasses.replace(judged(SOURCE, planned, packed, place), note="this source packs to the very bundle")
+    tied = "another version's: c3.first_chunk and the watched evaluation show whether it scores alike"
+    return noted(SOURCE, packed, place, f"{tied}; its code: {claims.spec.code.get('git_sha', 'unknown')}")
+
+
 def _concluded(
     claims: Claims, checks: Sequence[Check], measured: dict[str, Any] | None, evaluation: Evaluation | None, *,
     root: Path | None, seconds: float,
@@ -178,11 +199,6 @@ def _concluded(
 def write(run: RunDir, found: Audit) -> None:
     """Write `audit.json`, whole; raises StorageError."""
     protocol.write_json_atomically(run.audit, dataclasses.asdict(found))
-
-
-def verdict_on(run: RunDir, result_file: Path) -> str:
-    """passed or failed, as the run's last audit has it; empty without one of this very result. Raises ProtocolError."""
-    return recorded_verdict(run.audit, result_file, f"caddie audit {run.run_id}")
 
 
 # ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 from orchestrator.checks import (
-    EVALUATION,
     RECHECKED,
-    SECONDS,
     Check,
     Claims,
     Rule,
-    check_evaluation,
     is_at_most,
     judged,
     noted,
 )
-from orchestrator.clean_room import Evaluation, Reached
+from orchestrator.clean_room import Evaluation
 
 TRAIN = Rule(
     "limit.train",
@@ -68,14 +65,6 @@ def check_reach(claims: Claims, evaluation: Evaluation | None, why_not: str) -> 
     reached = evaluation.reached if evaluation is not None else None
     if evaluation is None or reached is None:
         return [dataclasses.replace(judged(rule, [], None, place), note=why_not) for rule in (FILES, NETWORK)]
-    found = [
-        check for check in check_evaluation(claims, evaluation, 0.0) if check.name in (EVALUATION.name, SECONDS.name)
-    ]
-    return [*found, *_reach(reached, evaluation, claims)]
-
-
-def _reach(reached: Reached, evaluation: Evaluation, claims: Claims) -> list[Check]:
-    place = claims.run.bundle
     network = "there was none to reach" if evaluation.is_offline else "this machine lets us make no network namespace"
     files = judged(FILES, [], reached.files, place)
     return [

@@ -194,12 +194,9 @@ def _chain(claims: Claims, measured: Mapping[str, Any]) -> list[Check]:
         f"{stage} {count:,}" for stage in STAGES if (count := sum(e.get("stage") == stage for e in scored))
     )
     chain = dataclasses.replace(judged(CHAIN, [], problems, log), note=f"chunks: {counts or 'none'}")
-    firsts = {
-        event["stage"]: event
-        for event in reversed(scored)
-        if event.get("chunk") == 0 and event.get("stage") in (SLIDING, TTT)
-    }
-    return [chain, *(_first_chunk(claims, event, measured, log) for event in firsts.values())]
+    stages = [SLIDING] if claims.config is None or claims.config.ttt.is_by_document else [SLIDING, TTT]
+    firsts = {event["stage"]: event for event in reversed(scored) if event.get("chunk") == 0 and event.get("stage") in stages}
+    return [chain, *(_first_chunk(claims, firsts[stage], measured, log) for stage in stages if stage in firsts)]
 
 
 def _first_chunk(claims: Claims, event: Mapping[str, Any], measured: Mapping[str, Any], log: Path) -> Check:

@@ -16,9 +16,9 @@ from orchestrator.ledger import Arm, Ledger, StudyState, Trial
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
 from orchestrator.study import Study, parse_study
-from orchestrator.verify import verdict_on
+from orchestrator.verify import recorded_verdict
 from trainer import protocol
-from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result, RunDir
+from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result
 
 PRESET_ARM, BEST_ARM = "preset", "best"
 UNREADABLE = "unreadable"
@@ -48,6 +48,12 @@ class RunEvidence:
     """Verdict of the clean-room check on this result: passed or failed; empty where none was made."""
 
     verification: str = ""
+    """Path of that verdict under CADDIE_HOME; empty without one."""
+
+    audited: str = ""
+    """Verdict of the audit of this result, the same way."""
+
+    auditing: str = ""
     """Path of that verdict under CADDIE_HOME; empty without one."""
 
     warned: tuple[str, ...] = ()
@@ -244,11 +250,13 @@ class _Reader:
             )
         reason = "" if state == COMPLETE else self._reason(run_id, state, result)
         source = self._source(attempt) if attempt else ""
-        verified = self._verified(self.home.run(run_id), attempt) if attempt else ""
-        verification = _relative(self.home.run(run_id).verify, self.home.root) if verified else ""
+        run = self.home.run(run_id)
+        verified = self._verdict(run.verify, f"caddie verify {run_id}", attempt) if attempt else ""
+        audited = self._verdict(run.audit, f"caddie audit {run_id}", attempt) if attempt else ""
         return RunEvidence(
             owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result,
-            verified=verified, verification=verification,
+            verified=verified, verification=_relative(run.verify, self.home.root) if verified else "",
+            audited=audited, auditing=_relative(run.audit, self.home.root) if audited else "",
         )  # fmt: skip
 
     def _warned(self, run: RunEvidence) -> tuple[str, ...]:
@@ -264,10 +272,10 @@ class _Reader:
             self.problems[str(error)] = None
         return tuple(found)
 
-    def _verified(self, run: RunDir, attempt: AttemptDir) -> str:
-        """The verdict on this attempt's result; a damaged one is a problem, and none."""
+    def _verdict(self, record: Path, command: str, attempt: AttemptDir) -> str:
+        """A command's verdict on this attempt's result; a damaged one is a problem, and none."""
         try:
-            return verdict_on(run, attempt.result)
+            return recorded_verdict(record, attempt.result, command)
         except CaddieError as error:
             self.problems[str(error)] = None
             return ""

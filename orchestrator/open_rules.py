@@ -17,6 +17,8 @@ class OpenRule:
     """A question without an answer, and where it matters."""
 
     topic: str
+    """Ends the name of its line."""
+
     question: str
     matters: Callable[[Config], bool]
     does: Callable[[Config], str]
@@ -52,7 +54,7 @@ OPEN_RULES = (
         "used by all LoRA records since #77",
     ),
     OpenRule(
-        "across documents",
+        "across_documents",
         "whether the document before may serve as context",
         lambda config: config.evaluation.protocol != "documents",
         lambda config: f"yes, windows of {config.evaluation.sequence_length}",
@@ -66,7 +68,7 @@ OPEN_RULES = (
         "closed for calibrating after it: #535, #569, #593, #609 (by #1019); packing uncounted: #1868",
     ),
     OpenRule(
-        "code bytes",
+        "code_bytes",
         "which code counts",
         lambda _: True,
         lambda _: "the file that is shipped and run",
@@ -88,12 +90,7 @@ def note_open_rules(claims: Claims) -> list[Check]:
     if config is None:
         return []
     return [
-        noted(
-            Rule(f"open.{rule.topic.replace(' ', '_')}", rule.question, ""),
-            rule.does(config),
-            claims.run.spec,
-            rule.threads,
-        )
+        noted(Rule(f"open.{rule.topic}", rule.question, ""), None, claims.run.spec, f"{rule.does(config)} ({rule.threads})")
         for rule in OPEN_RULES
         if rule.matters(config)
     ]

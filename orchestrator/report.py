@@ -167,6 +167,11 @@ def warnings(evidence: Evidence) -> list[str]:
             if run.verified == FAILED
         ]
         found += [
+            f"{arm.name}, seed {run.seed} failed its audit ({run.auditing}): caddie audit {run.run_id}"
+            for run in arm.runs
+            if run.audited == FAILED
+        ]
+        found += [
             f"{arm.name}, seed {run.seed}: the trainer warned of {text}." for run in arm.runs for text in run.warned
         ]
     return found
@@ -249,6 +254,8 @@ def _run_record(run: RunEvidence) -> dict[str, Any]:
         "source": run.source,
         "verified": run.verified,
         "verification": run.verification,
+        "audited": run.audited,
+        "auditing": run.auditing,
         "steps": result.steps if result else None,
         "bpb": {stage: run.bpb(stage) for stage in protocol.STAGES},
         "ttt_gain": run.ttt_gain,

@@ -103,6 +103,7 @@ def record_frame(arms: Sequence[ArmEvidence]) -> pd.DataFrame:
             "ttt_gain": run.ttt_gain,
             "artifact_bytes": _artifact_bytes(run),
             "verified": run.verified,
+            "audited": run.audited,
             "run_id": run.run_id,
             "source": run.source,
         }
@@ -110,7 +111,7 @@ def record_frame(arms: Sequence[ArmEvidence]) -> pd.DataFrame:
         for run in arm.runs
     ]
     columns = ["arm", "seed", "state", "reason", "steps", *(f"{stage}_bpb" for stage in protocol.STAGES)]
-    frame = pd.DataFrame(rows, columns=[*columns, "ttt_gain", "artifact_bytes", "verified", "run_id", "source"])
+    frame = pd.DataFrame(rows, columns=[*columns, "ttt_gain", "artifact_bytes", "verified", "audited", "run_id", "source"])
     return frame.astype({"seed": "Int64", "steps": "Int64", "artifact_bytes": "Int64"})
 
 
@@ -135,7 +136,8 @@ def record_table(arm: ArmEvidence, *, has_sources: bool = True) -> Table:
 def _extra_columns(arm: ArmEvidence, *, has_sources: bool) -> tuple[str, ...]:
     """Columns beside the authors', where there is something to put into them."""
     verified = ("Verified",) if any(run.verified for run in arm.runs) else ()
-    return (*verified, *(("Note",) if arm.missing else ()), *(("Source",) if has_sources else ()))
+    audited = ("Audited",) if any(run.audited for run in arm.runs) else ()
+    return (*verified, *audited, *(("Note",) if arm.missing else ()), *(("Source",) if has_sources else ()))
 
 
 def _record_row(run: RunEvidence, extra: Sequence[str]) -> tuple[Cell, ...]:
@@ -147,6 +149,7 @@ def _record_row(run: RunEvidence, extra: Sequence[str]) -> tuple[Cell, ...]:
     note = "" if run.state == COMPLETE else f"{run.state}: {run.reason}".rstrip(": ")
     beside: dict[str, Cell] = {
         "Verified": Link(run.verification, run.verified),
+        "Audited": Link(run.auditing, run.audited),
         "Note": note,
         "Source": Link(run.source),
     }

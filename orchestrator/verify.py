@@ -147,8 +147,7 @@ def verify(
     checks = [*check_claims(claims), *check_files(claims)]
     data, data_checks = read_data(claims, root)
     checks += data_checks
-    is_on_gpu = bool(visible) or claims.claimed("device") not in (None, "", CPU)
-    tolerance, reason = (GPU_TOLERANCE_BPB, GPU_REASON) if is_on_gpu else (CPU_TOLERANCE_BPB, CPU_REASON)
+    tolerance, reason = tolerance_of(claims, visible)
     why_not = obstacle(claims, checks, data)
     evaluation = None
     if why_not or data is None or root is None:
@@ -160,6 +159,12 @@ def verify(
         )
         checks += weighed(check_evaluation(claims, evaluation, tolerance), checks)
     return verification(claims, checks, evaluation, root=root, tolerance=(tolerance, reason))
+
+
+def tolerance_of(claims: Claims, gpus: Sequence[str]) -> tuple[float, str]:
+    """Bits per byte within which a score must come out again, and why."""
+    is_on_gpu = bool(gpus) or claims.claimed("device") not in (None, "", CPU)
+    return (GPU_TOLERANCE_BPB, GPU_REASON) if is_on_gpu else (CPU_TOLERANCE_BPB, CPU_REASON)
 
 
 def weighed(evaluated: Sequence[Check], checks: Sequence[Check]) -> list[Check]:
@@ -209,11 +214,6 @@ def verification(
 def write(run: RunDir, found: Verification) -> None:
     """Write `verify.json`, whole; raises StorageError."""
     protocol.write_json_atomically(run.verify, dataclasses.asdict(found))
-
-
-def verdict_on(run: RunDir, result_file: Path) -> str:
-    """passed or failed, as the run's last verification has it; empty without one of this very result. Raises ProtocolError."""
-    return recorded_verdict(run.verify, result_file, f"caddie verify {run.run_id}")
 
 
 def recorded_verdict(path: Path, result_file: Path, command: str) -> str:

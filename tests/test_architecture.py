@@ -148,6 +148,7 @@ def test_files_of_the_contract_are_named_in_one_module() -> None:
         "artifact.bin",
         "recheck.json",
         "verify.json",
+        "audit.json",
         "documents.txt",
     }
     for module, path in SOURCES.items():

@@ -259,7 +259,7 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
             run.log.emit(protocol.WARNING, name="gptq_fallback", tensor=name)
         if fitted.factor != 1 or fitted.pruned:
             run.log.emit(
-                protocol.WARNING, name="fitted", grid_factor=fitted.factor, pruned=fitted.pruned, added_error=fitted.added_error
+                protocol.WARNING, name="fitted", grid_factor=round(fitted.factor, 4), pruned=fitted.pruned, added_error=round(fitted.added_error, 4)
             )  # fmt: skip
         with run.phase("pack"):
             keep_artifact(run, fitted.packed)

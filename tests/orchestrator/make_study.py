@@ -342,10 +342,11 @@ def make_record(root: Path, seeds: tuple[int, ...] = (42, 314, 999)) -> Home:
     return maker.home
 
 
-def put_verdict(home: Home, run: RunEvidence, verdict: str) -> None:
-    """What a clean-room check of the run's present result leaves, as far as others read it."""
+def put_verdict(home: Home, run: RunEvidence, verdict: str, *, audit: bool = False) -> None:
+    """What a clean-room check of the run's present result leaves, or an audit, as far as others read it."""
     record = {"verdict": verdict, "result_sha256": protocol.sha256_of(home.root / run.source)}
-    protocol.write_json_atomically(home.run(run.run_id).verify, record)
+    folder = home.run(run.run_id)
+    protocol.write_json_atomically(folder.audit if audit else folder.verify, record)
 
 
 def with_event_line(attempt: AttemptDir, line: bytes) -> None:

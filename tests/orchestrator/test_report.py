@@ -233,6 +233,21 @@ def test_verified_runs_are_marked_in_the_record_and_lead_to_the_check(tmp_path):
         assert [row["verified"] for row in csv.DictReader(file) if row["arm"] == "best"] == ["passed", "failed", ""]
 
 
+def test_audited_runs_are_marked_in_the_record_and_lead_to_the_audit(tmp_path):
+    home = make_study(tmp_path)
+    first, second, _ = gather(home, NAME).arms[0].runs
+    put_verdict(home, first, "passed", audit=True)
+    put_verdict(home, second, "failed", audit=True)
+    report = write_report(home, NAME)
+    lines = render_text(report).splitlines()
+    start = lines.index("Record: best")
+    assert lines[start + 2].endswith("  Audited")
+    assert [line.split()[-1] for line in lines[start + 4 : start + 7]] == ["passed", "failed", "–"]
+    assert f"[passed](../../../runs/{first.run_id}/audit.json)" in report.text.read_text()
+    assert f"best, seed 314 failed its audit (runs/{second.run_id}/" in " ".join(report.problems)
+    assert [run["audited"] for run in json.loads(report.data.read_text())["arms"][0]["runs"]] == ["passed", "failed", ""]
+
+
 def test_what_the_trainer_warned_of_stands_before_the_numbers(tmp_path):
     home = make_study(tmp_path)
     run = gather(home, NAME).arms[0].runs[1]

@@ -14,13 +14,17 @@ from orchestrator import verify
 from orchestrator.checks import FAILED, PASSED, UNDECIDED, Check
 from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError
 from orchestrator.home import Home, home_of
-from orchestrator.verify import Verification, find_run, verdict_on
+from orchestrator.verify import Verification, find_run, recorded_verdict
 from trainer import protocol
 from trainer.protocol import VALIDATION, Failure, RunDir
 
 
 def check_run(run: RunDir, **options: Any) -> Verification:
     return verify.verify(run, **{"timeout_seconds": 60.0, **options})
+
+
+def verdict_on(run: RunDir, result_file: Path) -> str:
+    return recorded_verdict(run.verify, result_file, f"caddie verify {run.run_id}")
 
 
 def failures(found: Verification) -> list[str]:
