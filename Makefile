@@ -20,7 +20,8 @@ demo: $(INSTALLED) ## a real study on this machine's CPU, to a record table and 
 ui: $(INSTALLED) ## MLflow's pages on what has been run
 	@$(IN_HOME) $(BIN)/caddie ui
 
-test: $(INSTALLED) ## all tests; ARGS="-m 'not slow'" for the quick ones
+test: ARGS ?= -m "not slow"
+test: $(INSTALLED) ## the tests, a quarter of an hour; ARGS="-m slow" for whole studies, restarts and clean rooms
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED) ## lint and types

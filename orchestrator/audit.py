@@ -38,7 +38,7 @@ from orchestrator.checks import (
 )
 from orchestrator.clean_room import Evaluation
 from orchestrator.conditions import check_conditions, tolerance
-from orchestrator.errors import CaddieError, ConfigError, DataError, MachineError
+from orchestrator.errors import CaddieError, ConfigError, DataError, ProtocolError
 from orchestrator.home import home_of
 from orchestrator.liveness import check_liveness
 from orchestrator.open_rules import note_open_rules
@@ -46,6 +46,7 @@ from orchestrator.runs import RunStore
 from orchestrator.splits import check_split
 from orchestrator.verify import check_table, choose_gpus, expectation, lines_on, tolerance_of
 from trainer import protocol
+from trainer.config import Config
 from trainer.protocol import DataDir, Failure, RunDir
 
 PROBES = Rule(
@@ -96,14 +97,33 @@ class Audit:
         return exit_code(self.checks)
 
 
+Pack = Callable[[Config], bytes]
+"""Packs the trainer for a configuration."""
+
+Prober = Callable[[RunDir, Path, Sequence[str], int, int], dict[str, Any]]
+"""Measures a run on a data set, with these GPUs, a sample's size and its seed."""
+
+
+def probe(run: RunDir, root: Path, gpus: Sequence[str], sample: int, seed: int) -> dict[str, Any]:
+    """What the trainer measures of a run's stored model, in a process of its own, on one GPU or the CPU.
+
+    Raises the trainer's errors; MachineError where it cannot run here.
+    """
+    options = ["audit", str(run.root), "--data", str(root), "--sample", str(sample), "--seed", str(seed)]
+    return datasets.ask_trainer(options, CUDA_VISIBLE_DEVICES=",".join(gpus))
+
+
 def audit(
     run: RunDir, *, data_dir: Path | None = None, gpus: int | None = None, sample: int, seed: int = 0,
-    timeout_seconds: float, evaluates: bool = True, say: Callable[[str], None] = lambda _: None,
+    timeout_seconds: float, evaluates: bool = True, say: Callable[[str], None] = lambda _: None, prober: Prober = probe,
+    pack: Pack = bundle.build,
 ) -> Audit:  # fmt: skip
     """Probe a run, replay its log and watch its evaluation, on its own data set or another copy of it; writes nothing.
 
     Raises ConfigError, MachineError, and OSError where the disk cannot take the copies.
     """
+    if sample < 1:
+        raise ConfigError(f"--sample must be at least 1 position, got {sample}", hint="leave it out for the default")
     started, claims = time.monotonic(), read_claims(run)
     visible = choose_gpus(claims, gpus)
     root = data_dir or (Path(claims.spec.data_dir) if claims.spec else None)
@@ -116,14 +136,17 @@ def audit(
         checks.append(dataclasses.replace(judged(PROBES, protocol.COMPLETE, None, run.artifact), note=why_not))
     else:
         say(f"{run.run_id}: probing {run.artifact.name} on {sample:,} positions, seed {seed}")
-        measured = probe(run, root, visible[:1], sample=sample, seed=seed, checks=checks)
+        try:
+            measured = prober(run, root, visible[:1], sample, seed)
+        except (DataError, ProtocolError) as error:
+            checks.append(judged(PROBES, protocol.COMPLETE, str(error), run.artifact))
         if evaluates:
             say(f"{run.run_id}: scoring {run.artifact.name} alone, watched{expectation(claims)}")
             evaluation = clean_room.evaluate(
                 run, DataDir(root), data.manifest, gpus=visible, timeout_seconds=timeout_seconds, is_watched=True
             )
     if measured is not None and root is not None:
-        checks.append(check_source(claims))
+        checks.append(check_source(claims, pack))
         checks += check_conditions(claims, measured)
         checks += check_split(measured, root)
         checks += check_liveness(RunStore(home_of(run)), claims, measured)
@@ -144,30 +167,12 @@ def _told(check: Check) -> str:
     return f"not probed: {check.name} failed"
 
 
-def probe(
-    run: RunDir, root: Path, gpus: Sequence[str], *, sample: int, seed: int, checks: list[Check]
-) -> dict[str, Any] | None:
-    """What the trainer's process measures, on one GPU or the CPU; None, and a failed check, where it cannot.
-
-    Raises MachineError, ConfigError for a sample that cannot be meant.
-    """
-    if sample < 1:
-        raise ConfigError(f"--sample must be at least 1 position, got {sample}", hint="--sample 32768 is the default")
-    options = ["audit", str(run.root), "--data", str(root), "--sample", str(sample), "--seed", str(seed)]
-    try:
-        return datasets.ask_trainer(options, CUDA_VISIBLE_DEVICES=",".join(gpus))
-    except MachineError:
-        raise
-    except CaddieError as error:
-        checks.append(judged(PROBES, protocol.COMPLETE, str(error), run.artifact))
-        return None
-
-
-def check_source(claims: Claims) -> Check:
+def check_source(claims: Claims, pack: Pack) -> Check:
     """Whether the code that was probed is the bundle's own; else only the scores tie the two together."""
-    assert claims.spec is not None and claims.config is not None, "something was probed"
+    assert claims.spec, "something was probed"
+    assert claims.config, "something was probed"
     try:
-        packed = hashlib.sha256(bundle.build(claims.config)).hexdigest()
+        packed = hashlib.sha256(pack(claims.config)).hexdigest()
     except CaddieError as error:
         packed = str(error)
     planned, place = claims.spec.bundle_sha256, claims.run.bundle

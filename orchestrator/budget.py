@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from orchestrator.checks import (
-    RECHECKED,
-    Check,
-    Claims,
-    Rule,
-    is_at_most,
-    judged,
-    noted,
-)
+from orchestrator.checks import RECHECKED, Check, Claims, Rule, is_at_most, judged, noted
 from orchestrator.clean_room import Evaluation
 
 TRAIN = Rule(

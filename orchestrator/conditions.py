@@ -195,7 +195,9 @@ def _chain(claims: Claims, measured: Mapping[str, Any]) -> list[Check]:
     )
     chain = dataclasses.replace(judged(CHAIN, [], problems, log), note=f"chunks: {counts or 'none'}")
     stages = [SLIDING] if claims.config is None or claims.config.ttt.is_by_document else [SLIDING, TTT]
-    firsts = {event["stage"]: event for event in reversed(scored) if event.get("chunk") == 0 and event.get("stage") in stages}
+    firsts = {
+        event["stage"]: event for event in reversed(scored) if event.get("chunk") == 0 and event.get("stage") in stages
+    }
     return [chain, *(_first_chunk(claims, firsts[stage], measured, log) for stage in stages if stage in firsts)]
 
 

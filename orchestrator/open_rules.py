@@ -90,7 +90,12 @@ def note_open_rules(claims: Claims) -> list[Check]:
     if config is None:
         return []
     return [
-        noted(Rule(f"open.{rule.topic}", rule.question, ""), None, claims.run.spec, f"{rule.does(config)} ({rule.threads})")
+        noted(
+            Rule(f"open.{rule.topic}", rule.question, ""),
+            None,
+            claims.run.spec,
+            f"{rule.does(config)} ({rule.threads})",
+        )
         for rule in OPEN_RULES
         if rule.matters(config)
     ]

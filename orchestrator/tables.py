@@ -111,7 +111,9 @@ def record_frame(arms: Sequence[ArmEvidence]) -> pd.DataFrame:
         for run in arm.runs
     ]
     columns = ["arm", "seed", "state", "reason", "steps", *(f"{stage}_bpb" for stage in protocol.STAGES)]
-    frame = pd.DataFrame(rows, columns=[*columns, "ttt_gain", "artifact_bytes", "verified", "audited", "run_id", "source"])
+    frame = pd.DataFrame(
+        rows, columns=[*columns, "ttt_gain", "artifact_bytes", "verified", "audited", "run_id", "source"]
+    )
     return frame.astype({"seed": "Int64", "steps": "Int64", "artifact_bytes": "Int64"})
 
 

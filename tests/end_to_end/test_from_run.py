@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+import pytest
+
 from orchestrator.evidence import gather
 from orchestrator.home import Home
 from orchestrator.score_chain import problems
@@ -12,6 +14,8 @@ from tests.end_to_end.micro import DATA, caddie
 from tests.trainer.make_run import MICRO
 from trainer import protocol
 from trainer.protocol import read_lines, read_spec
+
+pytestmark = pytest.mark.slow
 
 SWEEP = """
 name = "sweep"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,13 @@ def log_run(run: RunDir, attempt: AttemptDir, *, first_loss: float = 6.5) -> Non
     log, chains = EventLog(attempt.events), {}
     log.emit(protocol.START, run_id=run.run_id, seed=result.seed)
     log.metrics(1, 0.5, train_loss=first_loss)
-    scores = {stage: score(bpb) for stage, bpb in BPB.items()}
-    for stage, value in scores.items():
+    scores = {}
+    first_nats = score(BPB[protocol.SLIDING]).nats / 4  # of the stages that learn or might, alike
+    for stage, bpb in BPB.items():
         chain = ScoreChain(log, stage, result.artifact_sha256)
-        parts = [value.nats / 4, value.nats / 4, value.nats / 2]  # exact in binary: they add up to the last bit
+        rest = score(bpb).nats - first_nats
+        parts = [first_nats, rest / 3, rest * 2 / 3]
+        scores[stage] = dataclasses.replace(score(bpb), nats=math.fsum(parts), loss=math.fsum(parts) / POSITIONS)
         for chunk, nats in enumerate(parts):
             first, last = chunk * CHUNK, (chunk + 1) * CHUNK
             chain.scored(chunk, first, last, nats=nats, tokens=CHUNK, bytes=SIZE // 3)
@@ -76,5 +81,3 @@ def sound(run: RunDir) -> dict[str, Any]:
             "seed": 0, "first": 0, "last": 300, "positions": 300, "chunk_tokens": CHUNK, "length": 32, "stride": 16,
         },
     }  # fmt: skip
-
-

@@ -291,6 +291,29 @@ def test_what_a_verification_finds_wrong_is_told_and_decides_the_exit_code(
     assert "error: artifact.bytes: " in err and "\nhint: put back" in err
 
 
+def test_an_audit_without_the_runs_own_data_probes_nothing_and_is_recorded(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(home)
+    data_of(run).tokenizer.write_bytes(b"others")
+    assert caddie(home, "audit", run.run_id[:4]) == DataError.exit_code
+    out, err = capsys.readouterr()
+    assert out.endswith(f"{run.run_id}: not audited, the data at hand are not the run's\n")
+    assert "error: data.tokenizer: the tokenizer must be the one that the manifest names" in err
+    assert "note: undecided: probes, reach.files, reach.network: not probed: data.tokenizer failed" in err
+    assert json.loads(run.audit.read_text())["verdict"] == "failed"
+    run.artifact.unlink()
+    assert caddie(home, "audit", str(run.root), "--json", "--no-evaluation") == ProtocolError.exit_code
+    assert json.loads(capsys.readouterr().out)["measured"] is None
+
+
+def test_an_audit_of_nothing_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(home)
+    assert caddie(home, "audit", run.run_id, "--sample", "0") == ConfigError.exit_code
+    assert "error: --sample must be at least 1 position, got 0" in capsys.readouterr().err
+    assert not run.audit.exists()
+
+
 def test_a_verification_with_data_or_a_run_that_there_are_not_is_refused(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

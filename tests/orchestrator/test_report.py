@@ -245,7 +245,11 @@ def test_audited_runs_are_marked_in_the_record_and_lead_to_the_audit(tmp_path):
     assert [line.split()[-1] for line in lines[start + 4 : start + 7]] == ["passed", "failed", "–"]
     assert f"[passed](../../../runs/{first.run_id}/audit.json)" in report.text.read_text()
     assert f"best, seed 314 failed its audit (runs/{second.run_id}/" in " ".join(report.problems)
-    assert [run["audited"] for run in json.loads(report.data.read_text())["arms"][0]["runs"]] == ["passed", "failed", ""]
+    assert [run["audited"] for run in json.loads(report.data.read_text())["arms"][0]["runs"]] == [
+        "passed",
+        "failed",
+        "",
+    ]
 
 
 def test_what_the_trainer_warned_of_stands_before_the_numbers(tmp_path):

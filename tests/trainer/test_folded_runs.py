@@ -6,6 +6,8 @@ from orchestrator.bundle import build
 from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
 from trainer.protocol import COMPLETE
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {
     "model__qk_norm": False, "model__qk_gain": 0.0, "model__rope_dims": 0, "model__xsa_layers": 0,
     "model__value_embedding_dim": 0, "model__ln_scale": False, "model__residual_mix": False, "model__skips": "off",

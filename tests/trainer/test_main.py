@@ -167,6 +167,7 @@ BY_DOCUMENT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -202,6 +203,7 @@ def test_a_stored_model_is_scored_again_with_other_knobs_and_no_training(finishe
     assert found.chains == result.chains  # the same chunks, to the bit
 
 
+@pytest.mark.slow
 def test_two_processes_adapt_by_document_as_one_does(finished, prepared):
     run, _ = finished
     again = plan(run.root.parents[1], prepared, micro_config(**{**BY_DOCUMENT, "ttt__lr": 0.02}), source=run)
@@ -292,6 +294,7 @@ def test_both_quantisers_make_a_file_that_scores_close_to_the_average(tmp_path, 
     assert result.scores["roundtrip"].bpb == pytest.approx(result.scores["post_ema"].bpb, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
