@@ -17,10 +17,12 @@ from typing import Any
 from orchestrator import __version__, bundle, clean_room, datasets
 from orchestrator.budget import check_reach, check_seconds
 from orchestrator.checks import (
+    DATA,
     FAILED,
     MISSING,
     NOTED,
     PASSED,
+    SPEC,
     UNDECIDED,
     Check,
     Claims,
@@ -54,6 +56,7 @@ PROBES = Rule(
     "the stored model must be fit to be probed",
     "put back the model file that the run wrote; else this version of caddie does not read it: audit with that of `code`",
 )
+MODEL = "model."  # beginning of the names of checks on the model file
 SOURCE = Rule("probes.source", "the probes should run the code that the bundle was packed from", "")
 LEFT_OUT = "left out: --no-evaluation"
 
@@ -160,7 +163,7 @@ def audit(
 
 def _decides(check: Check) -> bool:
     """Whether nothing that is measured would be the run's: other files than its own, or none that can be read."""
-    return check.name.startswith(("spec", "model.", "data."))
+    return check.name == SPEC.name or check.name.startswith((MODEL, DATA))
 
 
 def _told(check: Check) -> str:

@@ -90,7 +90,7 @@ def check_conditions(claims: Claims, measured: Mapping[str, Any]) -> list[Check]
     found = measured["probes"]
     nats, _ = tolerance(measured["device"])
     place = claims.run.artifact
-    kinds = {"": SLIDING, PREFIX: TTT} if "ttt_future" in found else {"": SLIDING}
+    kinds = {"": SLIDING, PREFIX: TTT} if f"{PREFIX}future" in found else {"": SLIDING}
     checks: list[Check] = []
     for prefix, stage in kinds.items():
         checks.append(_scorer(found[f"{prefix}future"], nats, place, stage))

@@ -137,7 +137,7 @@ class Study:
         """What can be run but weakens the result."""
         found = []
         shared = sorted(set(self.search.seeds) & set(self.confirm.seeds)) if self.confirm else []
-        if shared:
+        if shared and self.space:
             found.append(
                 f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased"
             )

@@ -13,6 +13,7 @@ from orchestrator import audit
 from orchestrator.audit import Audit
 from orchestrator.checks import FAILED, NOTED, PASSED, UNDECIDED, Check
 from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError
+from trainer import protocol
 from trainer.protocol import RunDir
 
 NO_TRAINER = "the trainer is not needed here"
@@ -140,6 +141,23 @@ def test_another_model_file_than_the_runs_is_not_probed(tmp_path: Path) -> None:
     run.artifact.write_bytes(b"x")
     found = audited(run, Prober(AssertionError(NO_TRAINER)))
     assert named(found, "probes").note == "not probed: model.sha256 failed"
+
+
+def test_a_run_whose_spec_cannot_be_read_is_not_probed_on_other_data_either(tmp_path: Path) -> None:
+    run = make_audited(tmp_path)
+    root = data_of(run).root
+    run.spec.write_text("{")
+    found = audited(run, Prober(AssertionError(NO_TRAINER)), data_dir=root)
+    assert named(found, "probes").note == "not probed: spec failed"
+
+
+def test_a_spec_of_a_version_with_other_knobs_is_told_and_the_run_probed(tmp_path: Path) -> None:
+    run = make_audited(tmp_path)
+    spec = protocol.read_json(run.spec)
+    del spec["config"]["limits"]["artifact_bytes"]
+    protocol.write_json_atomically(run.spec, spec)
+    found = audited(run, evaluates=False)
+    assert failures(found)[0] == "spec.run_id" and found.measured is not None
 
 
 def test_other_data_than_the_runs_say_nothing_against_it(tmp_path: Path) -> None:

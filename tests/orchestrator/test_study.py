@@ -149,6 +149,8 @@ def test_a_record_attempt_is_a_study_without_a_search_that_its_own_text_gives_ba
     assert (study.search.trials, study.space, study.confirm.seeds, study.resources.slots) == (0, {}, (42, 314), 1)
     assert knob_value(study.config, "ttt.lr") == 0.004
     assert parse_study(study.source) == study
+    alone = record_study("smoke", data="pydoc", seeds=(1, 2, 3), knobs={})  # the seed of searches, but none was made
+    assert alone.warnings() == []
 
 
 def test_the_same_record_attempt_has_the_same_name_and_another_has_another():

@@ -16,6 +16,7 @@ from trainer.gptq import (
     quantize_matrices,
     round_to_nearest,
     row_errors,
+    row_quantiles,
     scales_for,
     std_clip,
 )
@@ -132,6 +133,14 @@ def test_every_row_takes_its_best_clip_candidate():
     for quantile in GPTQ.clip_quantiles:
         single = rounded(weight, config=dataclasses.replace(GPTQ, clip_quantiles=(quantile,)))
         assert (errors <= row_errors(weight, single, torch.eye(64), "weight") + 1e-9).all()
+
+
+def test_quantiles_of_rows_are_torch_s_own():
+    weight = torch.randn(3, 5, 41, generator=torch.Generator().manual_seed(0))
+    levels = [0.5, 0.7, 0.999, 1.0]
+    torch.testing.assert_close(
+        row_quantiles(weight, levels), torch.quantile(weight.abs(), torch.tensor(levels), dim=-1)
+    )
 
 
 def test_a_clip_by_deviations_is_so_many_of_each_row():
