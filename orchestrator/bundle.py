@@ -71,6 +71,7 @@ S=dict(zip(t[1::2],t[2::2]))
 class F(a.ExecutionLoader):
  def find_spec(s,n,*_):
   if n in S:return u.spec_from_loader(n,s)
+  if n[:8]=="trainer.":raise ModuleNotFoundError("No module named "+repr(n))
  def is_package(s,n):return n=="trainer"
  def get_filename(s,n):return"train_gpt.py/"+n.replace(".","/")+".py"
  def get_source(s,n):return S[n]
