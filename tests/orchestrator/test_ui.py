@@ -173,7 +173,9 @@ def test_a_server_that_does_not_listen_to_the_end_is_killed_with_its_children(tm
 @pytest.mark.slow
 def test_the_real_server_answers_and_ctrl_c_ends_it_with_its_children(tmp_path):
     home, port = make_record(tmp_path), free_port()
-    code = f"from pathlib import Path; from orchestrator.home import Home; from orchestrator.ui import serve; serve(Home(Path({str(home.root)!r})), port={port})"
+    # As a terminal would have it: what a shell starts in the background ignores Ctrl-C from the start.
+    hears = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{hears}from pathlib import Path; from orchestrator.home import Home; from orchestrator.ui import serve; serve(Home(Path({str(home.root)!r})), port={port})"
     environment = {**os.environ, "PYTHONPATH": str(Path(ui.__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
     try:
