@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import __version__, bundle, clean_room, datasets
+from orchestrator import bundle, clean_room, datasets
 from orchestrator.budget import check_reach, check_seconds
 from orchestrator.checks import (
     DATA,
@@ -30,7 +30,6 @@ from orchestrator.checks import (
     check_claims,
     check_evaluation,
     check_files,
-    exit_code,
     hash_of,
     judged,
     noted,
@@ -41,15 +40,16 @@ from orchestrator.checks import (
 from orchestrator.clean_room import Evaluation
 from orchestrator.conditions import check_conditions, tolerance
 from orchestrator.errors import CaddieError, ConfigError, DataError, ProtocolError
+from orchestrator.findings import Finding, check_table
 from orchestrator.home import home_of
 from orchestrator.liveness import check_liveness
 from orchestrator.open_rules import note_open_rules
 from orchestrator.runs import RunStore
 from orchestrator.splits import check_split
-from orchestrator.verify import check_table, choose_gpus, expectation, lines_on, tolerance_of
+from orchestrator.verify import choose_gpus, expectation, tolerance_of
 from trainer import protocol
 from trainer.config import Config
-from trainer.protocol import DataDir, Failure, RunDir
+from trainer.protocol import DataDir, RunDir
 
 PROBES = Rule(
     "probes",
@@ -62,42 +62,14 @@ LEFT_OUT = "left out: --no-evaluation"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Audit:
+class Audit(Finding):
     """All that was found of one run."""
 
-    run_id: str
-    verdict: str
-    """passed, or failed."""
-
-    checks: tuple[Check, ...]
     measured: dict[str, Any] | None
     """The probes' own numbers, and the sample that they were taken on; None where nothing was probed."""
 
-    bundle_sha256: str | None
-    """Of the file that was found, as the next; None where there was none."""
-
-    artifact_sha256: str | None
-    result_sha256: str | None
-    data_dir: str
     evaluation_seconds: float | None
     """Of the watched evaluation, from its start to its end; None without one."""
-
-    failure: Failure | None
-    """Why the bundle gave no scores, with the end of its log."""
-
-    wall_seconds: float
-    time: float
-    """Unix time at the end."""
-
-    caddie: str = __version__
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.status == FAILED)
-
-    @property
-    def exit_code(self) -> int:
-        return exit_code(self.checks)
 
 
 Pack = Callable[[Config], bytes]
@@ -204,11 +176,6 @@ def _concluded(
     )  # fmt: skip
 
 
-def write(run: RunDir, found: Audit) -> None:
-    """Write `audit.json`, whole; raises StorageError."""
-    protocol.write_json_atomically(run.audit, dataclasses.asdict(found))
-
-
 # ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -245,8 +212,3 @@ def summary(found: Audit) -> str:
     if found.exit_code == DataError.exit_code:
         return f"{found.run_id}: not audited, the data at hand are not the run's"
     return f"{found.run_id}: AUDIT FAILED, {failed} of {count} checks failed"
-
-
-def failure_lines(found: Audit) -> list[str]:
-    """Every failure in full, then what could not be decided and why."""
-    return lines_on(found.checks, found.failure)

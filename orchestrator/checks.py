@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator import clean_room
 from orchestrator.clean_room import Evaluation
 from orchestrator.datasets import PreparedData, manifest_of
-from orchestrator.errors import CaddieError, DataError, ProtocolError
+from orchestrator.errors import CaddieError, ProtocolError
 from orchestrator.runs import RunRequest, run_id_of
 from trainer import protocol
 from trainer.config import Config, from_mapping
@@ -198,15 +198,6 @@ def hash_of(path: Path) -> str:
 
 def size_of(path: Path) -> Value:
     return path.stat().st_size if path.is_file() else MISSING
-
-
-def exit_code(checks: Sequence[Check]) -> int:
-    """0; DataError's where only the data at hand are wrong, which says nothing against the run; else ProtocolError's."""
-    failed = [check for check in checks if check.status == FAILED]
-    if not failed:
-        return 0
-    is_about_data = all(check.name.startswith(DATA) for check in failed)
-    return DataError.exit_code if is_about_data else ProtocolError.exit_code
 
 
 # ── the claims ──────────────────────────────────────────────────────────────────────────────────────────────────────

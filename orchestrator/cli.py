@@ -27,6 +27,7 @@ from trainer.protocol import storage_error
 
 if TYPE_CHECKING:
     from orchestrator.assembly import Outcome
+    from orchestrator.findings import Finding
     from orchestrator.report import Report
     from orchestrator.study import Study
 
@@ -199,26 +200,19 @@ def report(arguments: argparse.Namespace, home: Home) -> int:
 
 def verify(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import verify as verification
+    from orchestrator.runs import find_run
 
-    run_dir = verification.find_run(home, arguments.run)
+    run_dir = find_run(home, arguments.run)
     found = verification.verify(
         run_dir, data_dir=home.dataset(arguments.data) if arguments.data else None, gpus=arguments.gpus,
         timeout_seconds=60 * arguments.timeout_minutes, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
-    try:
-        verification.write(run_dir, found)
-    finally:  # a directory that cannot be written costs the record, not the finding
-        if arguments.json:
-            show_json(dataclasses.asdict(found))
-        else:
-            print(verification.as_text(found), flush=True)
-        print("\n".join(verification.failure_lines(found)), end="\n" if found.failed else "", file=sys.stderr)
-    return found.exit_code
+    return show_finding(found, run_dir.verify, verification.as_text(found), has_json=arguments.json)
 
 
 def audit(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import audit as audits
-    from orchestrator.verify import find_run
+    from orchestrator.runs import find_run
 
     run_dir = find_run(home, arguments.run)
     found = audits.audit(
@@ -226,14 +220,21 @@ def audit(arguments: argparse.Namespace, home: Home) -> int:
         sample=arguments.sample, seed=arguments.seed, timeout_seconds=60 * arguments.timeout_minutes,
         evaluates=not arguments.no_evaluation, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
+    return show_finding(found, run_dir.audit, audits.as_text(found), has_json=arguments.json)
+
+
+def show_finding(found: Finding, path: Path, text: str, *, has_json: bool) -> int:
+    """Keep a finding and show it; returns its exit code."""
+    from orchestrator.findings import failure_lines, write
+
     try:
-        audits.write(run_dir, found)
+        write(path, found)
     finally:  # a directory that cannot be written costs the record, not the finding
-        if arguments.json:
+        if has_json:
             show_json(dataclasses.asdict(found))
         else:
-            print(audits.as_text(found), flush=True)
-        print("\n".join(audits.failure_lines(found)), end="\n" if found.failed else "", file=sys.stderr)
+            print(text, flush=True)
+        print("\n".join(failure_lines(found)), end="\n" if found.failed else "", file=sys.stderr)
     return found.exit_code
 
 

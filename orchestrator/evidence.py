@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CaddieError, ConfigError
+from orchestrator.findings import recorded_verdict
 from orchestrator.home import Home
 from orchestrator.ledger import Arm, Ledger, StudyState, Trial
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
 from orchestrator.study import Study, parse_study
-from orchestrator.verify import recorded_verdict
 from trainer import protocol
 from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result
 

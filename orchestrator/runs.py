@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from trainer import protocol
 from trainer.config import Config, to_mapping
@@ -104,3 +106,21 @@ class RunStore:
             if attempt.result.exists() and protocol.read_result(attempt.result).status == protocol.COMPLETE:
                 return attempt
         return attempts[-1] if attempts else None
+
+
+def find_run(home: Home, text: str) -> RunDir:
+    """A run by its directory, its id or the beginning of its id. Raises ConfigError with the runs that there are."""
+    folder = Path(text).expanduser()
+    if folder.is_dir() and (RunDir(folder).spec.exists() or RunDir(folder).bundle.exists()):
+        return RunDir(folder.resolve())
+    ids = sorted(path.name for path in home.runs.glob("*") if path.is_dir())
+    found = [run_id for run_id in ids if run_id == text] or [
+        run_id for run_id in ids if text and run_id.startswith(text)
+    ]
+    if len(found) == 1:
+        return home.run(found[0])
+    if found:
+        raise ConfigError(f"{text!r} is the beginning of {len(found)} runs", hint=f"there are: {', '.join(found)}")
+    latest = sorted(ids, key=lambda run_id: home.run(run_id).root.stat().st_mtime)[-5:]
+    there_are = f"the latest are: {', '.join(latest)}" if latest else "there are none yet"
+    raise ConfigError(f"there is no run {text!r} in {home.runs}, and no such directory", hint=there_are)

@@ -7,9 +7,8 @@ from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
-from orchestrator.runs import RunStore
+from orchestrator.runs import RunStore, find_run
 from orchestrator.study import SCORING, load_preset
-from orchestrator.verify import find_run
 from trainer.config import Config, from_mapping, knob_value, knobs
 from trainer.protocol import Spec, read_spec, sha256_of
 

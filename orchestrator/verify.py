@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import __version__, clean_room
+from orchestrator import clean_room
 from orchestrator.checks import (
     DATA,
     EVALUATION,
@@ -17,14 +16,11 @@ from orchestrator.checks import (
     MISSING,
     MODEL_HASH,
     PASSED,
-    UNDECIDED,
     Check,
     Claims,
-    Value,
     check_claims,
     check_evaluation,
     check_files,
-    exit_code,
     hash_of,
     judged,
     obstacle,
@@ -34,11 +30,11 @@ from orchestrator.checks import (
     undecided,
 )
 from orchestrator.clean_room import Evaluation
-from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError
-from orchestrator.home import Home
+from orchestrator.errors import ConfigError, DataError, MachineError
+from orchestrator.findings import Finding, check_table
 from orchestrator.slots import machine_gpus
 from trainer import protocol
-from trainer.protocol import DataDir, Failure, RunDir, sha256_of
+from trainer.protocol import DataDir, RunDir
 
 CPU = "cpu"  # a result's device where there was no GPU
 
@@ -52,22 +48,9 @@ GPU_REASON = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
+class Verification(Finding):
     """All that a clean-room check of one run found."""
 
-    run_id: str
-    verdict: str
-    """passed, or failed."""
-
-    checks: tuple[Check, ...]
-    bundle_sha256: str | None
-    """Of the file that was found, as the next; None where there was none."""
-
-    artifact_sha256: str | None
-    result_sha256: str | None
-    """Of the result file whose claims were checked: an edited one is no longer verified."""
-
-    data_dir: str
     tolerance_bpb: float
     tolerance_reason: str
     network: str
@@ -75,45 +58,11 @@ class Verification:
 
     device: str
     world_size: int
-    wall_seconds: float
     stage_seconds: dict[str, float]
-    failure: Failure | None
-    """Why the bundle gave no scores, with the end of its log."""
-
     environment: dict[str, object]
-    time: float
-    """Unix time at the end of the check."""
-
-    caddie: str = __version__
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.status == FAILED)
-
-    @property
-    def exit_code(self) -> int:
-        return exit_code(self.checks)
 
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def find_run(home: Home, text: str) -> RunDir:
-    """A run by its directory, its id or the beginning of its id. Raises ConfigError with the runs that there are."""
-    folder = Path(text).expanduser()
-    if folder.is_dir() and (RunDir(folder).spec.exists() or RunDir(folder).bundle.exists()):
-        return RunDir(folder.resolve())
-    ids = sorted(path.name for path in home.runs.glob("*") if path.is_dir())
-    found = [run_id for run_id in ids if run_id == text] or [
-        run_id for run_id in ids if text and run_id.startswith(text)
-    ]
-    if len(found) == 1:
-        return home.run(found[0])
-    if found:
-        raise ConfigError(f"{text!r} is the beginning of {len(found)} runs", hint=f"there are: {', '.join(found)}")
-    latest = sorted(ids, key=lambda run_id: home.run(run_id).root.stat().st_mtime)[-5:]
-    there_are = f"the latest are: {', '.join(latest)}" if latest else "there are none yet"
-    raise ConfigError(f"there is no run {text!r} in {home.runs}, and no such directory", hint=there_are)
 
 
 def choose_gpus(claims: Claims, asked: int | None) -> tuple[str, ...]:
@@ -211,59 +160,12 @@ def verification(
     )  # fmt: skip
 
 
-def write(run: RunDir, found: Verification) -> None:
-    """Write `verify.json`, whole; raises StorageError."""
-    protocol.write_json_atomically(run.verify, dataclasses.asdict(found))
-
-
-def recorded_verdict(path: Path, result_file: Path, command: str) -> str:
-    """The verdict in a record that `command` wrote; empty without one of this very result. Raises ProtocolError."""
-    if not path.exists() or not result_file.exists():
-        return ""
-    record = protocol.read_json(path)
-    verdict = record.get("verdict")
-    if verdict not in (PASSED, FAILED) or "result_sha256" not in record:
-        raise ProtocolError(
-            f"{path}: this is no verdict on a run: its verdict is {verdict!r}", hint=f"make it again: {command}"
-        )
-    return str(verdict) if record["result_sha256"] == sha256_of(result_file) else ""
-
-
 # ── as text ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-SHOWN_HASH = 12  # characters of a hash that tell two apart by eye
-SHOWN_TEXT = 40
-
-
-def shown(value: Value, check: Check) -> str:
-    """A value in one column."""
-    if value is None:
-        return "–"
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    if isinstance(value, float):
-        return f"{value:.7f}" if check.tolerance else f"{value:,.1f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    is_hash = len(value) == 64 and " " not in value
-    return value[:SHOWN_HASH] + "…" if is_hash else value if len(value) <= SHOWN_TEXT else value[: SHOWN_TEXT - 1] + "…"
 
 
 def as_text(found: Verification) -> str:
     """The table of all checks, and under what conditions they were made."""
     return "\n".join([*check_table(found.checks), "", *_conditions(found), "", summary(found)])
-
-
-def check_table(checks: Sequence[Check], *, has_notes: bool = False) -> list[str]:
-    """The lines of a table with a row a check; with its note, where that tells what was measured."""
-    rows = [("Check", "Status", "Expected", "Found", "Tolerance", *(["Measured"] if has_notes else []))]
-    for check in checks:
-        tolerance = f"{check.tolerance:g}" if check.tolerance else ""
-        values = ("≤ " * check.is_limit + shown(check.expected, check), shown(check.found, check), tolerance)
-        rows.append((check.name, check.status, *values, *([check.note] if has_notes else [])))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "─" * max(map(len, lines)), *lines[1:]]
 
 
 def _conditions(found: Verification) -> list[str]:
@@ -288,32 +190,3 @@ def summary(found: Verification) -> str:
     if found.exit_code == DataError.exit_code:
         return f"{found.run_id}: not verified, the data at hand are not the run's"
     return f"{found.run_id}: NOT VERIFIED, {failed} of {count} checks failed"
-
-
-def failure_lines(found: Verification) -> list[str]:
-    """Every failure in full, then what could not be decided and why."""
-    return lines_on(found.checks, found.failure)
-
-
-def lines_on(checks: Sequence[Check], failure: Failure | None) -> list[str]:
-    """The same of any checks, and of the bundle's own failure where it was run."""
-    lines = []
-    for check in checks:
-        if check.status != FAILED:
-            continue
-        within = f" within {check.tolerance:g}" if check.tolerance else ""
-        most = "at most " if check.is_limit else ""
-        values = f"expected {most}{_full(check.expected)}{within}, found {_full(check.found)}"
-        values += f"; {check.note}" if check.note else ""
-        lines += [f"error: {check.name}: {check.rule}: {values} ({check.place})", f"hint: {check.remedy}"]
-    if failure and failure.log:
-        lines += ["the bundle's last words:", *(f"  {line}" for line in failure.log.splitlines())]
-    undecided_checks = [check for check in checks if check.status == UNDECIDED]
-    for note in dict.fromkeys(check.note for check in undecided_checks):
-        names = ", ".join(check.name for check in undecided_checks if check.note == note)
-        lines.append(f"note: undecided: {names}: {note}")
-    return lines
-
-
-def _full(value: Value) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)

@@ -79,21 +79,20 @@ def fit(
         with phase("quantize"):
             wanted = known + (cap_bytes - config.margin_bytes - size) / slope
             last, factor = factor, grids.factor_for(wanted, *bounds)
+            if factor == last:
+                break
             rounded = first if factor == 1 else quantize(model, found, config, grids.scales(factor))
-        if factor == last:
-            break
         with phase("pack"):
             packed = packed_file(rounded.tensors)
+        if len(packed) <= cap_bytes:
+            if best is None or factor < best.factor:
+                best = Fitted(packed, first.without_feedback, factor)
+            if factor == bounds[0] or len(packed) >= cap_bytes - 2 * config.margin_bytes:
+                break
         before, known = known, grids.entropy_bytes(factor)
         if attempt and known != before:
             slope = min(max((len(packed) - size) / (known - before), FLATTEST), STEEPEST)
         size = len(packed)
-        if size > cap_bytes:
-            continue
-        if best is None or factor < best.factor:
-            best = Fitted(packed, first.without_feedback, factor)
-        if factor == bounds[0] or size >= cap_bytes - 2 * config.margin_bytes:
-            break
     if best:
         return best
     with phase("pack"):

@@ -17,7 +17,7 @@ from orchestrator.study import load_preset
 from trainer import protocol
 from trainer.config import knobs, with_knobs
 
-pytestmark = pytest.mark.skipif(
+extracts = pytest.mark.skipif(
     not hasattr(tarfile, "data_filter"), reason="this Python extracts no archive safely, and the cache does without"
 )
 
@@ -185,6 +185,7 @@ def test_a_processor_is_known_by_what_it_can_execute(tmp_path):
 # ---------------------------------------------------------------------------------------------------- from node to node
 
 
+@extracts
 def test_what_one_node_compiled_another_finds(tmp_path, archive):
     with on(tmp_path / "node-1", archive) as cache:
         assert (cache.found.state, cache.found.restored_bytes) == (COLD, 0)
@@ -206,6 +207,7 @@ def test_the_second_run_on_a_node_needs_no_archive(tmp_path, archive):
         assert (cache.found.state, cache.found.restored_bytes) == (LOCAL, 0)
 
 
+@extracts
 def test_a_run_that_compiled_nothing_saves_nothing(tmp_path, archive, capsys):
     with on(tmp_path / "node-1", archive) as cache:
         cache.save()
@@ -221,6 +223,7 @@ def test_a_run_that_compiled_nothing_saves_nothing(tmp_path, archive, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@extracts
 def test_a_run_that_compiled_more_replaces_the_archive(tmp_path, archive, capsys):
     filled(tmp_path / "node-1", archive, KERNEL)
     filled(tmp_path / "node-2", archive, "inductor/y")
@@ -229,6 +232,7 @@ def test_a_run_that_compiled_more_replaces_the_archive(tmp_path, archive, capsys
     assert names_in(filled(tmp_path / "node-3", archive)) == ["inductor/y", KERNEL]
 
 
+@extracts
 def test_nodes_that_compiled_the_same_under_other_names_do_not_replace_each_other(tmp_path, archive):
     with on(tmp_path / "node-1", archive) as first, on(tmp_path / "node-2", archive) as second:
         put(first.directory, "inductor/entry-1")
@@ -249,6 +253,7 @@ def test_a_file_that_may_still_be_written_waits_for_the_next_run(tmp_path, archi
     assert compile_cache.archived_files(archive) == 2
 
 
+@extracts
 def test_a_link_in_the_directory_is_not_saved(tmp_path, archive):
     with on(tmp_path / "node-1", archive) as cache:
         put(cache.directory, KERNEL)
@@ -272,6 +277,7 @@ def test_a_reader_during_a_save_sees_the_archive_before_it(tmp_path, archive, mo
     assert names_in(archive.parent) == [archive.name]
 
 
+@extracts
 def test_an_attempt_that_finds_the_directory_filled_meanwhile_takes_it_as_it_is(tmp_path, archive):
     directory = filled(tmp_path / "node-1", archive, KERNEL)
     put(directory, KERNEL, "in use")
@@ -280,6 +286,7 @@ def test_an_attempt_that_finds_the_directory_filled_meanwhile_takes_it_as_it_is(
     assert names_in(directory.parent) == [f"{KEY}/{KERNEL}"]
 
 
+@extracts
 def test_the_empty_folder_that_torch_makes_at_once_is_not_a_warm_cache(tmp_path, archive):
     filled(tmp_path / "node-1", archive, KERNEL, "inductor/x")
     with on(tmp_path / "node-2", archive.with_name("none yet")) as cache:
@@ -289,6 +296,7 @@ def test_the_empty_folder_that_torch_makes_at_once_is_not_a_warm_cache(tmp_path,
         assert names_in(cache.directory) == ["inductor/x", KERNEL]
 
 
+@extracts
 def test_tritons_listings_name_the_files_of_this_node(tmp_path, archive):
     """It lists a kernel's files by absolute path; the old one may be anybody's here."""
     with on(tmp_path / "node-1", archive) as cache:
@@ -339,6 +347,7 @@ def tar_of(files, headers, *, kind=tarfile.REGTYPE):
     return content.getvalue()
 
 
+@extracts
 @pytest.mark.parametrize(
     "how",
     [
@@ -364,6 +373,7 @@ def test_a_damaged_archive_is_told_ignored_and_replaced(tmp_path, archive, capsy
         assert cache.found.state == RESTORED
 
 
+@extracts
 def test_no_changed_byte_gets_through(tmp_path, archive):
     """Compiled code is run as it is. Whatever the change, reading ends in an error that is caught or in the same files."""
     directory = filled(tmp_path / "node-1", archive, *(f"inductor/{n}" for n in range(30)))
@@ -385,6 +395,7 @@ def test_no_changed_byte_gets_through(tmp_path, archive):
     assert harmless < 30
 
 
+@extracts
 def test_an_archive_holds_regular_files_only(tmp_path, archive):
     link = tar_of({"link": b""}, {compile_cache.FILES: "1"}, kind=tarfile.SYMTYPE)
     archive.parent.mkdir(parents=True)
@@ -393,6 +404,7 @@ def test_an_archive_holds_regular_files_only(tmp_path, archive):
         compile_cache.extract(archive, tmp_path / "stage")
 
 
+@extracts
 def test_without_safe_extraction_nothing_is_extracted(tmp_path, archive, monkeypatch, capsys):
     filled(tmp_path / "node-1", archive, KERNEL)
     monkeypatch.delattr(tarfile, "data_filter")
@@ -415,6 +427,7 @@ def test_a_directory_over_the_limit_is_not_saved(tmp_path, archive, monkeypatch,
     assert f"{directory}: not saved: it holds 8 bytes, the limit is 7" in capsys.readouterr().err
 
 
+@extracts
 def test_the_least_recently_used_archives_are_dropped(tmp_path, archive, monkeypatch):
     old, used, new = (archive.with_name(f"{name}.tar.gz") for name in ("old", "used", "new"))
     for path in (used, old):
@@ -460,6 +473,7 @@ def test_the_directory_is_closed_to_others(tmp_path, archive):
         os.umask(previous)
 
 
+@extracts
 @pytest.mark.parametrize("attack", ["open to all", "a link", "a file", "another user's"])
 def test_a_directory_that_somebody_may_have_prepared_is_not_used(tmp_path, archive, monkeypatch, capsys, attack):
     filled(tmp_path / "node-1", archive, KERNEL)
@@ -524,6 +538,7 @@ def attempts_of(tmp_path, *, status=protocol.COMPLETE, nodes=("node-1",), monkey
     return attempts
 
 
+@extracts
 def test_a_job_on_another_node_starts_warm(tmp_path, monkeypatch, capfd):
     attempts = attempts_of(tmp_path, nodes=("node-1", "node-2", "node-2"), monkeypatch=monkeypatch)
     assert [(attempt.root / "found").read_text() for attempt in attempts] == [
@@ -539,6 +554,7 @@ def test_a_job_on_another_node_starts_warm(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out == ""
 
 
+@extracts
 def test_a_trial_with_another_learning_rate_starts_warm(tmp_path, monkeypatch):
     attempts_of(tmp_path, monkeypatch=monkeypatch, ttt__lr=0.001)
     [attempt] = attempts_of(tmp_path, nodes=("node-2",), monkeypatch=monkeypatch, ttt__lr=0.01, optim__matrix_lr=0.1)

@@ -13,8 +13,10 @@ from make_verified import BPB, BUNDLE, CAP, data_of, edit_result, edit_score, ma
 from orchestrator import verify
 from orchestrator.checks import FAILED, PASSED, UNDECIDED, Check
 from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError
+from orchestrator.findings import failure_lines, recorded_verdict, write
 from orchestrator.home import Home, home_of
-from orchestrator.verify import Verification, find_run, recorded_verdict
+from orchestrator.runs import find_run
+from orchestrator.verify import Verification
 from trainer import protocol
 from trainer.protocol import VALIDATION, Failure, RunDir
 
@@ -59,7 +61,7 @@ def test_a_run_that_is_what_it_claims_passes_every_check(tmp_path: Path) -> None
 def test_the_record_of_a_verification_holds_every_check_with_its_numbers(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     found = check_run(run)
-    verify.write(run, found)
+    write(run.verify, found)
     record = json.loads(run.verify.read_text())
     assert (record["verdict"], len(record["checks"])) == (PASSED, len(found.checks))
     [ttt] = [check for check in record["checks"] if check["name"] == "ttt.bpb"]
@@ -105,7 +107,7 @@ def test_a_tampered_byte_of_the_model_file_is_told_by_hash_and_by_what_the_reade
     assert failing(found, "model.sha256").place == str(run.artifact)
     assert "compressed content is damaged" in str(failing(found, "evaluation").found)
     assert found.exit_code == ProtocolError.exit_code
-    assert any("compressed content is damaged" in line for line in verify.failure_lines(found))
+    assert any("compressed content is damaged" in line for line in failure_lines(found))
 
 
 def test_another_model_file_is_told_by_its_hash_and_its_scores_are_not_held_against_the_run(tmp_path: Path) -> None:
@@ -411,11 +413,11 @@ def test_a_verdict_holds_for_the_result_that_was_checked_and_no_other(tmp_path: 
     run = make_run(tmp_path)
     result_file = run.attempt(1).result
     assert verdict_on(run, result_file) == ""
-    verify.write(run, check_run(run))
+    write(run.verify, check_run(run))
     assert verdict_on(run, result_file) == PASSED
     edit_score(run, "ttt", bpb=1.0)
     assert verdict_on(run, result_file) == ""
-    verify.write(run, check_run(run))
+    write(run.verify, check_run(run))
     assert verdict_on(run, result_file) == FAILED
 
 
@@ -437,7 +439,7 @@ def test_the_text_shows_every_check_and_each_failure_in_full(tmp_path: Path) -> 
         assert f"\n{check.name} " in text
     assert f"≤ {CAP:,}" in text
     assert text.endswith(f"{run.run_id}: NOT VERIFIED, 2 of {len(found.checks)} checks failed")
-    told = "\n".join(verify.failure_lines(found))
+    told = "\n".join(failure_lines(found))
     size = len(BUNDLE) + run.artifact.stat().st_size
     assert f"expected 30, found {size} ({run.attempt(1).result})\nhint: put back the file" in told
     assert "error: data.tokenizer: the tokenizer must be the one that the manifest names: expected " in told

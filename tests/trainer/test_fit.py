@@ -3,13 +3,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.trainer.tiny import random_model, random_tokens
+from tests.trainer.tiny import calibrated, random_model
 from trainer.artifact import ModelFile, load, pack
-from trainer.calibration import Calibration, feel, hear
+from trainer.calibration import Calibration
 from trainer.config import QuantConfig
 from trainer.fit import COARSEST, Grids, fit, prune
-from trainer.gptq import Quantized, SecondMoments
-from trainer.model import HEAD
+from trainer.gptq import Quantized
 from trainer.quantize import quantize
 
 NOTHING = Calibration()
@@ -34,13 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    heard, information = SecondMoments(), {}
-    for seed in range(16):
-        part = random_tokens(4, 17, seed)
-        hear(model, part, True, heard)
-        feel(model, part[:1], True, information)
-    moments = {name: heard.sums[shared] for name, _, shared in model.matrices()}
-    return Calibration({HEAD: heard.sums[HEAD], **moments}, {n: s / 256 for n, s in information.items()})
+    return calibrated(model, batches=16, rows=4)
 
 
 def fitted(model, config, cap_bytes, found=NOTHING):

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from tests.trainer.tiny import random_model, random_tokens
-from trainer.calibration import Calibration, feel, hear
+from tests.trainer.tiny import calibrated, random_model, random_tokens
+from trainer.calibration import Calibration, feel
 from trainer.config import QuantConfig
-from trainer.gptq import Quantized, SecondMoments, remaining_error
+from trainer.gptq import Quantized, remaining_error
 from trainer.model import HEAD
 from trainer.quantize import LEAST_FELT, LEFT, RIGHT, corrected, fisher_steps, grid_of, quantize
 
@@ -20,13 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def found(model):
-    heard, information = SecondMoments(), {}
-    for seed in range(32):
-        part = random_tokens(2, 17, seed)
-        hear(model, part, True, heard)
-        feel(model, part[:1], True, information)
-    moments = {name: heard.sums[shared] for name, _, shared in model.matrices()}
-    return Calibration({HEAD: heard.sums[HEAD], **moments}, {n: s / 512 for n, s in information.items()})
+    return calibrated(model)
 
 
 def state_of(rounded):

@@ -2,10 +2,11 @@
 
 import torch
 
+from trainer.calibration import Calibration, feel, hear
 from trainer.config import Config, ModelConfig, QuantConfig, RuntimeConfig, with_knobs
 from trainer.distributed import World
-from trainer.gptq import Grid, Quantized, quantize_matrices
-from trainer.model import Model
+from trainer.gptq import Grid, Quantized, SecondMoments, quantize_matrices
+from trainer.model import HEAD, Model
 
 LENGTH = 16
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -42,3 +43,15 @@ def rounded(
     own_moments = None if moments is None else moments[None]
     found, _ = quantize_matrices(weight[None], own_moments, Grid(bits, 0.0), config or QuantConfig(block_columns=16))
     return found[0]
+
+
+def calibrated(model: Model, *, batches: int = 32, rows: int = 2) -> Calibration:
+    """What calibration finds on random tokens: moments of all rows, information from the first of each batch."""
+    heard, information = SecondMoments(), dict[str, torch.Tensor]()
+    for seed in range(batches):
+        part = random_tokens(rows, LENGTH + 1, seed)
+        hear(model, part, True, heard)
+        feel(model, part[:1], True, information)
+    moments = {name: heard.sums[shared] for name, _, shared in model.matrices()}
+    squares = {name: square / (batches * LENGTH) for name, square in information.items()}
+    return Calibration({HEAD: heard.sums[HEAD], **moments}, squares)
