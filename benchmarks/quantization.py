@@ -60,7 +60,7 @@ class Bench:
     def __init__(self, run: protocol.RunDir, data: Path | None, positions: int) -> None:
         spec, stored = protocol.read_spec(run.spec), artifact.decode(run.weights.read_bytes(), str(run.weights))
         self.config: Config = with_knobs(from_mapping(spec.config), {"runtime.compile": False})
-        self.recurrent, self.state = bool(stored.meta["recurrent"]), stored.state()
+        self.recurrent, self.state = int(stored.meta["recurrent"]), stored.state()
         self.world: World = start_world(self.config.runtime)
         self.dataset = Dataset.open(data or Path(spec.data_dir), self.config.model.vocab_size)
         tokens_N = self.dataset.validation_tokens()[: positions + 1]

@@ -17,7 +17,7 @@ from trainer.calibration import Calibration
 from trainer.config import QuantConfig
 from trainer.gptq import Quantized, round_to_nearest
 from trainer.model import Model
-from trainer.quantize import FISHER_BITS, Rounded, fisher_steps, grid_of, quantize, unclipped
+from trainer.quantize import FISHER_BITS, Rounded, fisher_steps, grids_of, quantize, unclipped
 
 TRIES = 4  # grids that are packed before single weights have to go
 HALVINGS = 14  # of the interval in which the grid's factor lies
@@ -73,6 +73,7 @@ def fit(
         finest = FINEST_FISHER if config.grid == "fisher" else FINEST
         bounds = {"prune": (1.0, 1.0), "coarsen": (1.0, COARSEST), "fill": (finest, COARSEST)}[config.fit]
         known, slope = grids.entropy_bytes(1.0), 1.0
+    with phase("pack"):
         size = artifact.estimate(ModelFile(meta, first.tensors), config.coder, config.brotli_quality)
     best, factor = None, 0.0
     for attempt in range(TRIES):
@@ -109,7 +110,8 @@ class Grids:
         self.model, self.first = model, first
         self.steps = fisher_steps(model, found, config) if config.grid == "fisher" else None
         self.weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        self.matrices = {f"{name}.weight": grid_of(name, config).bits for name, _, _ in model.matrices()}
+        grids = grids_of(model, found.moments, config)
+        self.matrices = {f"{name}.weight": grid.bits for name, grid in grids.items()}
 
     def scales(self, factor: float) -> dict[str, Tensor]:
         """Scales of the rows by the parameter's name: of block matrices the first ones times the factor."""
