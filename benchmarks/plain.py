@@ -67,7 +67,7 @@ class PlainNetwork(nn.Module):
             block = model.blocks[layer]
             if position >= half and position - half < config.layers // 2:
                 x = self._fuse(x, states.pop(), position - half)
-            if lane is None and block.has_lanes:
+            if lane is None and block.is_parallel:
                 lane = x
             x = self._attend(block, x, x0, cos_TR, sin_TR, values.get(layer))
             if lane is None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator import bundle, datasets, preflight, source_run
+from orchestrator import bundle, datasets, preflight, slurm, source_run
 from orchestrator.background_mirror import BackgroundMirror
+from orchestrator.bundle_store import BundleStore
 from orchestrator.datasets import PYDOC
 from orchestrator.errors import StudyFailed
 from orchestrator.home import SHIPPED_STUDIES, Home
+from orchestrator.job_names import JobNames
 from orchestrator.launcher import LocalLauncher
+from orchestrator.ports import Launcher
 from orchestrator.progress import Progress
 from orchestrator.report import Report, write_report
 from orchestrator.runs import RunStore
 from orchestrator.search import Search
-from orchestrator.slots import machine_slots
-from orchestrator.study import Study, load_study
+from orchestrator.slots import Slots, machine_slots
+from orchestrator.slurm_launcher import SlurmLauncher
+from orchestrator.study import SLURM, Study, load_study
 from orchestrator.sweep import Controller
 
 DEMO_STUDY = SHIPPED_STUDIES / "wd-qk-ttt-smoke.toml"
@@ -35,9 +39,10 @@ def run_demo(home: Home) -> Outcome:
     return run_study(load_study(DEMO_STUDY), home)
 
 
-def run_study(study: Study, home: Home) -> Outcome:
+def run_study(study: Study, home: Home, *, patience_seconds: float = 0.0) -> Outcome:
     """Check everything, run or continue the study to its end, and write its report.
 
+    Waits so long for another controller of the study to leave.
     Raises ConfigError, DataError, StorageError, ProtocolError, MachineError before anything is submitted; StudyBusy,
     StudyFailed (its report is written), Interrupted.
     """
@@ -45,6 +50,7 @@ def run_study(study: Study, home: Home) -> Outcome:
     if study.data == PYDOC:
         datasets.ensure_pydoc(home)
     controller = _controller(study, home)
+    controller.patience_seconds = patience_seconds
     try:
         controller.run()
     except StudyFailed:
@@ -55,15 +61,24 @@ def run_study(study: Study, home: Home) -> Outcome:
 
 def _controller(study: Study, home: Home) -> Controller:
     data = preflight.check(study, home)
-    resources = study.resources
-    slots = machine_slots(slots=resources.slots, gpus_per_run=resources.gpus_per_run)
+    launcher, slots = _launcher(study, home)
     source = source_run.find(home, study.from_run) if study.from_run else None
     search = Search(study, home.study(study.name).optuna_journal)
     return Controller(
-        study, home, launcher=LocalLauncher(), search=search, pack=bundle.build, code=bundle.code_state(), data_dir=data.root,
+        study, home, launcher=launcher, search=search, pack=BundleStore(home).build, code=bundle.code_state(), data_dir=data.root,
         manifest_sha256=data.manifest_sha256, progress=Progress(study, RunStore(home)),
         mirror=BackgroundMirror(home, study.name), slots=slots, source=source,
     )  # fmt: skip
+
+
+def _launcher(study: Study, home: Home) -> tuple[Launcher, Slots]:
+    """What starts the study's jobs, and how many at a time. Raises MachineError."""
+    resources = study.resources
+    if resources.launcher == SLURM:
+        slurm.require_clients()
+        return SlurmLauncher(resources, JobNames.of_study(study.name, home.root)), Slots(((),) * resources.slots)
+    slots = machine_slots(slots=resources.slots, gpus_per_run=resources.gpus_per_run)
+    return LocalLauncher(), Slots(slots.groups[:1]) if study.interleave else slots  # by turns
 
 
 def _conclude(study: Study, home: Home) -> Outcome:

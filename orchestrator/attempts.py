@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 
-from orchestrator import ledger
+from orchestrator import ledger, node_check
+from orchestrator.ages import Ages
+from orchestrator.demands import DemandBook
 from orchestrator.errors import ProtocolError
 from orchestrator.home import Home
+from orchestrator.job_names import JobNames
 from orchestrator.ledger import Attempt, OpenLedger
-from orchestrator.ports import Launcher, Progress
+from orchestrator.ports import Launcher, OpenJob, Progress, Unanswered
 from orchestrator.slots import JobResources, Slots
-from orchestrator.study import Study
-from orchestrator.worker import failure_of_lost
+from orchestrator.study import SLURM, Study
+from orchestrator.worker import began_by_now, failure_of_lost, read_claim
 from trainer import protocol
 from trainer.protocol import AttemptDir, Failure, Result, RunDir
 
 DEATH_SECONDS = 2.0  # a job with no process and no result is given up after this: a result may still be on its way
 LEAVE_SECONDS = 60.0  # for a job's processes to go after its result, its stop or its timeout; the worker takes far less
+ASK_AGAIN_SECONDS = 5.0  # between two questions after a job of which it is not known whether the scheduler has it
 BEGIN_SECONDS = 60.0  # from another study's submission to its worker's claim, on the busiest machine
 
 
@@ -34,6 +37,12 @@ class Attempts:
         self.launcher = launcher
         self.slots = slots
         self.progress = progress
+        self.names = JobNames.of_study(study.name, home.root)
+        self._ask_again_at = 0.0
+        """When the scheduler is next asked after a job of which it is not known whether it has it; monotonic."""
+
+        self.demands = DemandBook(study, home)
+        self._ages = Ages()
         self._gone_since: dict[tuple[str, int], float] = {}
         """When an attempt was first seen without a process, by run and number; on the monotonic clock."""
 
@@ -64,34 +73,38 @@ class Attempts:
         number = 1 + max(numbers, default=0)
         slot = self.slots.acquire((run.run_id, number))
         assert slot is not None, "the caller saw a free slot"
-        tag, resources = self._tag(run.run_id, number), dataclasses.asdict(self._resources(slot))
-        self.ledger.decide(ledger.SUBMITTING, run_id=run.run_id, attempt=number, tag=tag, resources=resources)
+        self._decide(run.run_id, number, slot)
         self._start(self.ledger.now.attempts[run.run_id, number])
 
+    def _decide(self, run_id: str, number: int, slot: int) -> None:
+        tag, resources = self.names.tag(run_id, number), dataclasses.asdict(self._resources(slot))
+        self.ledger.decide(ledger.SUBMITTING, run_id=run_id, attempt=number, tag=tag, resources=resources)
+
     def _start(self, attempt: Attempt) -> None:
-        """Give the scheduler an attempt that is decided."""
-        job_id = self.launcher.submit(
-            self.home.run(attempt.run_id), attempt.number, tag=attempt.tag,
-            resources=JobResources.from_record(attempt.resources),
-        )  # fmt: skip
-        self._note_job(attempt, job_id)
+        """Give the scheduler an attempt that is decided. Without an answer it is asked later whether it has it."""
+        self.demands.write(attempt.run_id, attempt.number, self.ledger.now)
+        try:
+            job_id = self.launcher.submit(
+                self.home.run(attempt.run_id), attempt.number, tag=attempt.tag,
+                resources=JobResources.from_record(attempt.resources),
+            )  # fmt: skip
+        except Unanswered as error:
+            self._ask_again_at = time.monotonic() + ASK_AGAIN_SECONDS
+            self.progress.note(f"run {attempt.run_id} attempt {attempt.number}: {error}; asked again until it answers")
+        else:
+            self._note_job(attempt, job_id)
 
     def _note_job(self, attempt: Attempt, job_id: str) -> None:
         self.ledger.decide(ledger.SUBMITTED, run_id=attempt.run_id, attempt=attempt.number, job_id=job_id)
 
-    def _tag(self, run_id: str, number: int) -> str:
-        """The job's name; another CADDIE_HOME may hold a study of the same name and the same runs."""
-        home = hashlib.sha256(str(self.home.root.resolve()).encode()).hexdigest()[:8]
-        return f"caddie.{self.study.name}.{run_id}.{number}.{home}"
-
     def _resources(self, slot: int) -> JobResources:
         resources = self.study.resources
         return JobResources(
-            slot=slot,
-            gpus=self.slots.groups[slot],
-            processes=resources.gpus_per_run or resources.processes_per_run,
-            timeout_seconds=60 * resources.timeout_minutes,
-        )
+            slot=slot, gpus=self.slots.groups[slot], processes=resources.processes_per_node,
+            timeout_seconds=60 * self.study.timeout_minutes, nodes=resources.nodes,
+            gpus_per_node=resources.gpus_of_node if resources.launcher == SLURM else 0,
+            exclude=tuple(self.ledger.now.excluded_nodes) if resources.launcher == SLURM else (),
+        )  # fmt: skip
 
     def is_elsewhere(self, run: RunDir) -> bool:
         """Whether another study is at the run: its attempt lives, or was submitted so lately that it may yet begin."""
@@ -111,17 +124,49 @@ class Attempts:
             self.slots.occupy((attempt.run_id, attempt.number), slot=resources.slot, gpus=resources.gpus)
             if attempt.stop_reason is not None:
                 self._ask_to_leave(attempt)
-            if attempt.job_id is None:
+        self._settle()
+
+    def _settle(self) -> None:
+        """Find out about the attempts of which it is not known whether the scheduler has them."""
+        for attempt in [attempt for attempt in self.open if attempt.job_id is None]:
+            try:
                 self._find_or_start(attempt)
+            except Unanswered:
+                self._ask_again_at = time.monotonic() + ASK_AGAIN_SECONDS
 
     def _find_or_start(self, attempt: Attempt) -> None:
-        """Submit an attempt only if the scheduler never heard of it."""
+        """Submit an attempt only if the scheduler never heard of it. Raises Unanswered where that cannot be said."""
         files = self._files_of(attempt)
+        if files.claim.exists() or files.result.exists():
+            self._note_job(attempt, self._id_in(files))
+            return
         job_id = self.launcher.find(files, tag=attempt.tag)
-        if job_id is None and not files.claim.exists() and not files.result.exists():
-            self._start(attempt)
+        if job_id is not None:
+            self._note_job(attempt, job_id)
+        elif files.claim.exists() or files.result.exists():  # it began, and may have ended, while we asked
+            self._note_job(attempt, self._id_in(files))
         else:
-            self._note_job(attempt, job_id or "")
+            self._start_anew(attempt)
+
+    def _id_in(self, files: AttemptDir) -> str:
+        claim = read_claim(files)
+        return claim.job if claim is not None else ""
+
+    def _start_anew(self, attempt: Attempt) -> None:
+        """Start an attempt that no scheduler has, with the resources that the study asks for by now."""
+        key = attempt.run_id, attempt.number
+        held, stop_reason = self.slots.held.get(key), attempt.stop_reason
+        self.slots.release(key)
+        slot = self.slots.acquire(key)
+        if slot is None:  # the study has fewer places than it had
+            if held is not None:
+                self.slots.held[key] = held
+        elif dataclasses.asdict(self._resources(slot)) != attempt.resources:
+            self._decide(attempt.run_id, attempt.number, slot)
+            attempt = self.ledger.now.attempts[key]
+            if stop_reason is not None:
+                self.ledger.decide(ledger.STOP_ASKED, run_id=attempt.run_id, attempt=attempt.number, reason=stop_reason)
+        self._start(attempt)
 
     # ------------------------------------------------------------------------------------------------ stopping
 
@@ -140,10 +185,17 @@ class Attempts:
 
     def observe(self) -> list[Attempt]:
         """Take up which attempts ended since, free their slots, and return them."""
-        ended = [attempt for attempt in self.open if self._has_ended(attempt)]
+        for note in self.launcher.look([self._as_job(attempt) for attempt in self.open]):
+            self.progress.note(note)
+        if time.monotonic() >= self._ask_again_at:
+            self._settle()
+        ended = [attempt for attempt in self.open if attempt.job_id is not None and self._has_ended(attempt)]
         for attempt in ended:
             self._end(attempt)
         return ended
+
+    def _as_job(self, attempt: Attempt) -> OpenJob:
+        return OpenJob(tag=attempt.tag, job_id=attempt.job_id or "", files=self._files_of(attempt))
 
     def _has_ended(self, attempt: Attempt) -> bool:
         """Whether an attempt has a result, no worker and no trainer, or for a while neither a result nor any process."""
@@ -160,19 +212,38 @@ class Attempts:
         return has_result or time.monotonic() - since > DEATH_SECONDS
 
     def _end_if_overdue(self, attempt: Attempt, *, has_result: bool) -> None:
-        """End what its worker should have ended: the worker may have died and left its trainer behind."""
-        files, now = self._files_of(attempt), time.time()
-        due = [attempt.submitted + attempt.resources["timeout_seconds"]]
-        due += [files.result.stat().st_mtime] if has_result else []
-        due += [files.stop.stat().st_mtime] if files.stop.exists() else []
-        if now > min(due) + LEAVE_SECONDS:
+        """End what its worker should have ended: the worker may have died and left its trainer behind.
+
+        Not before it was seen to be overdue for a while: the clock may have been set since it began.
+        """
+        files, key = self._files_of(attempt), (attempt.run_id, attempt.number)
+        began = self._began_by_now(attempt)
+        since = {"began": (began, attempt.resources["timeout_seconds"])} if began is not None else {}
+        since |= {"result": (files.result.stat().st_mtime, 0.0)} if has_result else {}
+        since |= {"stop": (files.stop.stat().st_mtime, 0.0)} if files.stop.exists() else {}
+        ages = {what: self._ages.of((key, what), start) - limit for what, (start, limit) in since.items()}
+        if any(age > LEAVE_SECONDS and self._ages.watched((key, what)) >= LEAVE_SECONDS for what, age in ages.items()):
             self.progress.note(f"run {attempt.run_id}: its processes did not leave and are ended")
             self.launcher.cancel(attempt.tag)
 
+    def _began_by_now(self, attempt: Attempt) -> float | None:
+        """`_began` by the clock as it is now, where this host can tell that it was set meanwhile."""
+        claim = read_claim(self._files_of(attempt))
+        return began_by_now(claim) if claim is not None and claim.began else self._began(attempt)
+
+    def _began(self, attempt: Attempt) -> float | None:
+        """Unix seconds at which an attempt began; of one that nobody has claimed, of its submission where there is no queue."""
+        claim = read_claim(self._files_of(attempt))
+        if claim is not None and claim.began:
+            return claim.began
+        return None if self.launcher.has_queue else attempt.submitted
+
     def _end(self, attempt: Attempt) -> None:
         files = self._files_of(attempt)
-        if not files.result.exists():
+        is_lost = not files.result.exists()
+        if is_lost:
             protocol.write_result(files.result, self._result_of_lost(attempt))
+            self.launcher.cancel(attempt.tag)  # what is left of it, on a node that is not heard, say
         result = _read_result(files, attempt.run_id)
         if result.status == protocol.STOPPED and not files.stop.exists():
             result = _stopped_by_the_machine(result, files)
@@ -183,14 +254,27 @@ class Attempts:
             attempt=attempt.number,
             status=result.status,
             failure=result.failure.kind if result.failure else None,
-            seconds=round(max(0.0, files.result.stat().st_mtime - attempt.submitted), 3),
-            gpus=len(attempt.resources["gpus"]),
+            seconds=self._seconds(attempt, files),
+            gpus=JobResources.from_record(attempt.resources).gpu_count,
+            nodes=self.launcher.nodes_of(files, tag=attempt.tag),
+            is_refused=not is_lost and _is_of_node(result) and self._is_refused(attempt, files),
         )
         self.slots.release((attempt.run_id, attempt.number))
+        self._ages.forget((attempt.run_id, attempt.number))
         if result.failure is not None:
             self.progress.note(
                 f"run {attempt.run_id} attempt {attempt.number}: {result.failure.kind}: {result.failure.message}"
             )
+
+    def _is_refused(self, attempt: Attempt, files: AttemptDir) -> bool:
+        """Whether the node failed before the run had begun, or was found wanting by its first steps."""
+        nodes = JobResources.from_record(attempt.resources).nodes
+        return not files.events.exists() or node_check.was_refused(files, nodes)
+
+    def _seconds(self, attempt: Attempt, files: AttemptDir) -> float:
+        """How long an attempt had its resources."""
+        began = self._began(attempt)
+        return 0.0 if began is None else round(max(0.0, files.result.stat().st_mtime - began), 3)
 
     def _result_of_lost(self, attempt: Attempt) -> Result:
         """A result for an attempt that nobody is left to write one for."""
@@ -198,14 +282,31 @@ class Attempts:
         seed = protocol.read_spec(run.spec).seed if run.spec.exists() else 0  # deleted under way: planned again
         if attempt.stop_reason is not None:
             return Result(run_id=attempt.run_id, attempt=attempt.number, status=protocol.STOPPED, seed=seed)
-        failure = failure_of_lost(files)
-        return Result(run_id=attempt.run_id, attempt=attempt.number, status=protocol.FAILED, seed=seed, failure=failure)
+        return Result(
+            run_id=attempt.run_id, attempt=attempt.number, status=protocol.FAILED, seed=seed,
+            failure=self._failure_of_lost(attempt, files),
+        )  # fmt: skip
+
+    def _failure_of_lost(self, attempt: Attempt, files: AttemptDir) -> Failure:
+        """Why an attempt left no result: what its log says, its scheduler, or that it had been told to leave."""
+        failure, ending = failure_of_lost(files), self.launcher.ending(files, tag=attempt.tag)
+        if failure.kind == protocol.DISK:
+            return failure
+        if ending is not None:
+            failure = dataclasses.replace(failure, kind=ending.kind, message=ending.message)
+        if files.notice.exists() and failure.kind == protocol.INFRASTRUCTURE:
+            failure = dataclasses.replace(failure, kind=protocol.PREEMPTED)
+        return failure
+
+
+def _is_of_node(result: Result) -> bool:
+    return result.failure is not None and result.failure.kind == protocol.NODE
 
 
 def _stopped_by_the_machine(result: Result, files: AttemptDir) -> Result:
-    """The result of a trainer that heard a SIGTERM which was no stop of ours: a machine that shuts down, or a person."""
+    """The result of a trainer that heard a SIGTERM which was no stop of ours: a machine that is wanted back, or a person."""
     failure = Failure(
-        kind=protocol.INFRASTRUCTURE,
+        kind=protocol.PREEMPTED if files.notice.exists() else protocol.INFRASTRUCTURE,
         message="the trainer was told to end, and no study asked for it",
         log=str(files.stderr),
     )

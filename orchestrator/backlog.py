@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from orchestrator import ledger
 from orchestrator.attempts import Attempts
-from orchestrator.ledger import ACTIVE, SETTLED, WANTED, Arm, OpenLedger, StudyState, Trial
+from orchestrator.ledger import ACTIVE, PRESET_ARM, SETTLED, WANTED, Arm, OpenLedger, StudyState, Trial
 from orchestrator.study import Study
 from orchestrator.verdict import Verdict, is_failure, verdict
 from trainer import protocol
@@ -69,7 +70,8 @@ class Backlog:
     def wanted(self) -> list[Wanted]:
         """Every run that needs an attempt, once: trials in their order, then arms seed by seed.
 
-        Seed by seed puts the arms that are compared side by side in time, on the machine as it is then.
+        Seed by seed puts the arms that are compared side by side in time, on the machine as it is then; in an interleaved
+        comparison the order within a seed changes from seed to seed, ABBA, so that what drifts favours neither.
         """
         found = [
             Wanted(run_id, owner, seed)
@@ -80,8 +82,16 @@ class Backlog:
         ]
         seeds = self.study.confirm.seeds if self.study.confirm else ()
         turn = {seed: n for n, seed in enumerate(seeds)}
-        found.sort(key=lambda wanted: turn.get(wanted.seed, -1) if isinstance(wanted.owner, Arm) else -1)
+        found.sort(key=lambda wanted: self._place(wanted, turn))
         return list({wanted.run_id: wanted for wanted in found}.values())
+
+    def _place(self, wanted: Wanted, turn: Mapping[int, int]) -> tuple[int, bool]:
+        """A run's place in the order: trials as they are, an arm's run by the turn of its seed and its place in it."""
+        if not isinstance(wanted.owner, Arm):
+            return -1, False
+        number = turn.get(wanted.seed, -1)
+        is_reversed = self.study.interleave is not None and number % 2 == 1
+        return number, is_reversed and wanted.owner.name == PRESET_ARM
 
     def verdict_of(self, trial: Trial) -> Verdict | None:
         """How a trial ended; None while its runs are not all settled, and more of them are needed."""

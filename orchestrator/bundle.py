@@ -27,8 +27,8 @@ PACKAGE, ENTRY, CONFIG = "trainer", "main", "config"
 # Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
 MODULES = (
     "protocol", "graphs", "errors", "data", "main", "model", "train", "distributed", "schedule", "muon", "optim",
-    "gptq", "ttt", "evaluate", "calibration", "lora", "by_document", "coding", "artifact", "fit", "quantize",
-    "attention", "kernels", "config",
+    "gptq", "ttt", "evaluate", "calibration", "lora", "by_document", "coding", "artifact", "fit", "quantize", "checkpoint",
+    "slot", "attention", "kernels", "config",
 )  # fmt: skip
 
 # What a run takes on trust (`minify` says what becomes of it). Each check was made on the same values, by this code from
@@ -134,7 +134,7 @@ def build(config: Config | None = None) -> bytes:
     if config is None:
         return _build(None)
     bundle = _build(tuple(choices(config).items()))
-    if len(bundle) > LARGEST_BYTES:
+    if len(bundle) > LARGEST_BYTES and not config.runtime.resumable:  # which no record is
         raise CaddieError(f"the bundle has {len(bundle)} bytes, the limit is {LARGEST_BYTES}", hint="shorten trainer/")
     return bundle
 

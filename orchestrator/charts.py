@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import plotly.offline
 from plotly.graph_objects import Figure as Figure  # the page speaks of figures, and only this module of plotly
 
 from orchestrator import ledger
-from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Curve, Evidence
+from orchestrator.cells import params_text
+from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Curve, Evidence, RunEvidence
 from orchestrator.statistics import CONFIDENCE
-from orchestrator.tables import STAGE_NAMES, params_text
+from orchestrator.tables import STAGE_NAMES
 from trainer import protocol
+
+T = TypeVar("T")
 
 BLUE, ORANGE, GREY, RED = "#3b82d6", "#e07a1f", "#8b929c", "#d64545"
 """Readable on white and on near-black; blue and orange are told apart by most colour-blind readers."""
@@ -23,7 +27,18 @@ COLORS = {BEST_ARM: BLUE, PRESET_ARM: ORANGE}
 MOST_POINTS = 400
 """Points of one line: enough for a screen's width, and a page of hundreds of runs still opens."""
 
+MOST_LINES = 60
+"""Lines of the search's runs that one plot draws, spread over all of them: more are a grey cloud, and a slow page."""
+
+MANY_DOTS = 200
 MOST_SCROLLED_LABELS = 18
+STEP, SECONDS, TOKENS = "step", "seconds", "tokens"
+LOSS_TITLES = {STEP: "optimiser step", SECONDS: "training seconds", TOKENS: "training tokens"}
+"""What a loss curve may run over, with the axis's title."""
+
+GROUP_COLORS = ("#3b82d6", "#e07a1f", "#3aa675", "#8b6fd1", "#c95b8c", "#a89a35", "#5b6b7d")
+"""Of stacked parts, the code first."""
+
 HEIGHT = 380
 
 
@@ -49,10 +64,16 @@ def figure_json(figure: Figure) -> str:
     return json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")
 
 
-def charts(evidence: Evidence, curves: Sequence[Curve], importance: dict[str, float]) -> list[Chart]:
-    """Every plot that there are numbers for, in the report's order."""
-    found = [seeds_chart(evidence), trials_chart(evidence), knobs_chart(evidence), importance_chart(importance)]
-    found += [stages_chart(evidence), loss_chart(curves, by="step"), loss_chart(curves, by="seconds")]
+def charts(
+    evidence: Evidence,
+    curves: Sequence[Curve],
+    importance: dict[str, float],
+    sizes: Mapping[str, Mapping[str, int]] | None = None,
+) -> list[Chart]:
+    """Every plot that there are numbers for, in the report's order; `sizes` are model files' bytes by group and run."""
+    found = [seeds_chart(evidence), stages_chart(evidence), *(loss_chart(curves, by=by) for by in LOSS_TITLES)]
+    found += [trials_chart(evidence), front_chart(evidence), knobs_chart(evidence), importance_chart(importance)]
+    found += [bytes_chart(evidence, sizes or {})]
     return [chart for chart in found if chart is not None]
 
 
@@ -72,16 +93,17 @@ def _styled(figure: Figure) -> Figure:
 
 
 def loss_chart(curves: Sequence[Curve], *, by: str) -> Chart | None:
-    """Training loss, one line a run, by "step" or by "seconds" of training; the arms lie over the search's runs."""
+    """Training loss, one line a run, by one of LOSS_TITLES; the arms lie over the search's runs."""
+    curves = [curve for curve in curves if by != TOKENS or curve.tokens_per_step]
     if not curves:
         return None
-    titles = {"step": "optimiser step", "seconds": "training seconds"}
-    figure = _figure(titles[by], "training loss, nats per token")
+    drawn = _thinned(curves, [curve.run for curve in curves])
+    figure = _figure(LOSS_TITLES[by], "training loss, nats per token")
     named: set[str] = set()
-    for curve in sorted(curves, key=lambda curve: curve.run.owner in COLORS):
+    for curve in sorted(drawn, key=lambda curve: curve.run.owner in COLORS):
         group = curve.run.owner if curve.run.owner in COLORS else "search"
         every = max(1, len(curve.steps) // MOST_POINTS)
-        x = (curve.steps if by == "step" else curve.train_seconds)[::every]
+        x = _xs(curve, by)[::every]
         figure.add_scatter(
             x=x, y=curve.losses[::every], mode="lines", name=group, legendgroup=group, showlegend=group not in named,
             line={"color": COLORS.get(group, GREY), "width": 2 if group in COLORS else 1},
@@ -93,9 +115,29 @@ def loss_chart(curves: Sequence[Curve], *, by: str) -> Chart | None:
     return Chart(
         name=f"loss-by-{by}",
         title=f"Loss by {by}",
-        note="One line a run; hover for its owner and seed.",
+        note=f"One line a run; hover for its owner and seed.{_left_out(curves, drawn)}",
         figures=(figure,),
     )
+
+
+def _thinned(lines: Sequence[T], runs: Sequence[RunEvidence]) -> list[T]:
+    """All lines of the arms, and of the search's at most MOST_LINES, evenly spread; `runs` are the lines' own."""
+    search = [index for index, run in enumerate(runs) if run.owner not in COLORS]
+    every = len(search) / MOST_LINES
+    if every > 1:
+        search = [search[int(i * every)] for i in range(MOST_LINES)]
+    kept = set(search)
+    return [line for index, line in enumerate(lines) if index in kept or runs[index].owner in COLORS]
+
+
+def _left_out(lines: Sequence[T], drawn: Sequence[T]) -> str:
+    return f" {len(drawn):,} of {len(lines):,} runs are drawn." if len(drawn) < len(lines) else ""
+
+
+def _xs(curve: Curve, by: str) -> Sequence[float]:
+    if by == TOKENS:
+        return [step * curve.tokens_per_step for step in curve.steps]
+    return curve.steps if by == STEP else curve.train_seconds
 
 
 def _loss_range(curves: Sequence[Curve]) -> list[float] | None:
@@ -153,7 +195,8 @@ def stages_chart(evidence: Evidence) -> Chart | None:
         return None
     figure = _figure("", "bits per byte")
     named: set[str] = set()
-    for run in sorted(runs, key=lambda run: run.owner in COLORS):
+    drawn = _thinned(runs, runs)
+    for run in sorted(drawn, key=lambda run: run.owner in COLORS):
         group = run.owner if run.owner in COLORS else "search"
         figure.add_scatter(
             x=[name.removesuffix(" BPB") for name in STAGE_NAMES.values()], y=[run.bpb(stage) for stage in protocol.STAGES],
@@ -164,6 +207,7 @@ def stages_chart(evidence: Evidence) -> Chart | None:
         )  # fmt: skip
         named.add(group)
     note = "Round trip: the stored model, read back. A rise there is the cost of quantisation, a fall at TTT its gain."
+    note += _left_out(runs, drawn)
     return Chart(name="stages", title="Bits per byte by stage", note=note, figures=(figure,))
 
 
@@ -183,7 +227,7 @@ def trials_chart(evidence: Evidence) -> Chart | None:
         if shown:
             figure.add_scatter(
                 x=[trial.number for trial in shown], y=[trial.value for trial in shown], mode="markers", name=name,
-                marker={"color": color, "size": 9, "symbol": symbol}, text=[params_text(trial.params).replace(", ", "<br>") for trial in shown],
+                marker={"color": color, "size": _dot(len(done)), "symbol": symbol, "opacity": 0.85}, text=[params_text(trial.params).replace(", ", "<br>") for trial in shown],
                 hovertemplate="trial %{x}: %{y:.5f}<br>%{text}<extra></extra>",
             )  # fmt: skip
     numbers, bests = _best_so_far(done)
@@ -205,6 +249,11 @@ def trials_chart(evidence: Evidence) -> Chart | None:
     return Chart(name="trials", title="Trials and best so far", note=note.strip(), figures=(figure,))
 
 
+def _dot(count: int) -> int:
+    """Size of a dot in pixels: many dots are small ones."""
+    return 9 if count <= MANY_DOTS else 5
+
+
 def _best_so_far(trials: Sequence[ledger.Trial]) -> tuple[list[int], list[float]]:
     """Numbers and the lowest feasible value up to each."""
     numbers: list[int] = []
@@ -224,7 +273,8 @@ def knobs_chart(evidence: Evidence) -> Chart | None:
     if len(done) < 2 or not evidence.study.space:
         return None
     figures = tuple(_knob_panel(evidence, knob, done) for knob in evidence.study.space)
-    return Chart(name="knobs", title="Value by knob", note="Orange: the preset.", figures=figures)
+    note = "A slice a knob: each dot is a trial, the other knobs as they were. Orange: the preset."
+    return Chart(name="knobs", title="Value by knob", note=note, figures=figures)
 
 
 def _knob_panel(evidence: Evidence, knob: str, trials: Sequence[ledger.Trial]) -> Figure:
@@ -233,7 +283,7 @@ def _knob_panel(evidence: Evidence, knob: str, trials: Sequence[ledger.Trial]) -
     figure.add_scatter(
         x=[value if isinstance(value, (int, float)) else str(value) for value in values], y=[trial.value for trial in trials],
         mode="markers", text=[f"trial {trial.number}" for trial in trials], hovertemplate="%{text}<br>%{x}: %{y:.5f}<extra></extra>",
-        marker={"size": 9, "color": [ORANGE if trial.number == 0 else BLUE for trial in trials], "opacity": 0.85},
+        marker={"size": _dot(len(trials)), "color": [ORANGE if trial.number == 0 else BLUE for trial in trials], "opacity": 0.85},
     )  # fmt: skip
     if getattr(evidence.study.space[knob], "log", False):
         ticks = log_ticks(min(values), max(values))
@@ -241,6 +291,80 @@ def _knob_panel(evidence: Evidence, knob: str, trials: Sequence[ledger.Trial]) -
     elif not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
         figure.update_xaxes(type="category")
     return figure.update_layout(height=280, showlegend=False)
+
+
+def front_chart(evidence: Evidence) -> Chart | None:
+    """Bits per byte over the artifact's bytes, a dot a run, and those that no other beats in both."""
+    stage = evidence.objective
+    runs = [run for run in evidence.runs if run.bpb(stage) is not None and run.result and run.result.artifact_bytes]
+    if len(runs) < 2:
+        return None
+    figure = _figure("artifact bytes", STAGE_NAMES[stage])
+    for group in ("search", PRESET_ARM, BEST_ARM):
+        shown = [run for run in runs if (run.owner if run.owner in COLORS else "search") == group]
+        if shown:
+            figure.add_scatter(
+                x=[_size(run) for run in shown], y=[run.bpb(stage) for run in shown], mode="markers", name=group,
+                marker={"size": 9 if group in COLORS else _dot(len(shown)), "color": COLORS.get(group, GREY), "opacity": 0.75},
+                text=[f"{run.owner}, seed {run.seed}" for run in shown], hovertemplate="%{text}<br>%{x:,} bytes: %{y:.5f}<extra></extra>",
+            )  # fmt: skip
+    front = pareto_front([(_size(run), run.bpb(stage) or math.inf) for run in runs])
+    figure.add_scatter(
+        x=[size for size, _ in front], y=[score for _, score in front], mode="lines", name="Pareto front",
+        line={"color": GREY, "width": 2, "shape": "hv", "dash": "dot"}, hoverinfo="skip",
+    )  # fmt: skip
+    caps = {run.result.cap_bytes for run in runs if run.result}
+    low, high = min(_size(run) for run in runs), max(_size(run) for run in runs)
+    for cap in caps:
+        if cap <= high + (high - low):  # a cap far away would flatten the rest
+            figure.add_vline(x=cap, line={"color": RED, "width": 1}, annotation_text="cap")
+    note = "Fewer bytes leave room for more model. On the front no other run is both smaller and better."
+    return Chart(name="front", title="Score and size", note=note, figures=(figure,))
+
+
+def _size(run: RunEvidence) -> int:
+    assert run.result is not None, "only runs with an artifact are shown"
+    return run.result.artifact_bytes
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is at or below in both coordinates, by the first."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(set(points)):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front
+
+
+def bytes_chart(evidence: Evidence, sizes: Mapping[str, Mapping[str, int]]) -> Chart | None:
+    """What the artifact's bytes hold, a bar a run of the arms: code, then the model by group where its file can be read."""
+    runs = [run for arm in evidence.arms for run in arm.runs if run.result and run.result.artifact_bytes]
+    if not runs:
+        return None
+    parts = {run.run_id: _parts(run, sizes) for run in runs}
+    names = list(dict.fromkeys(name for found in parts.values() for name in found))
+    figure = _figure("bytes", "")
+    labels = [f"{run.owner}, {run.seed}" for run in runs]
+    for name, color in zip(names, _cycle(GROUP_COLORS, len(names)), strict=True):
+        figure.add_bar(
+            x=[parts[run.run_id].get(name, 0) for run in runs], y=labels, orientation="h", name=name,
+            marker={"color": color}, hovertemplate=f"{name}: %{{x:,}} bytes<extra>%{{y}}</extra>",
+        )  # fmt: skip
+    figure.update_layout(barmode="stack", height=150 + 30 * len(runs)).update_yaxes(autorange="reversed")
+    note = (
+        "Group: by the tensors' names; the matrices share one coded stream, whose bytes fall to them by their entropy."
+    )
+    return Chart(name="bytes", title="Bytes by group", note=note, figures=(figure,))
+
+
+def _parts(run: RunEvidence, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    assert run.result is not None, "only runs with an artifact are shown"
+    model = sizes.get(run.run_id) or {"model": run.result.model_bytes}
+    return {"code": run.result.bundle_bytes, **model}
+
+
+def _cycle(colors: Sequence[str], count: int) -> list[str]:
+    return [colors[i % len(colors)] for i in range(count)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -23,12 +23,15 @@ from orchestrator import __version__, datasets, hub
 from orchestrator.errors import CaddieError, ConfigError, DataError, ProtocolError
 from orchestrator.home import Home, default_home
 from trainer.config import parse_value
-from trainer.protocol import storage_error
+from trainer.protocol import STAGES, storage_error
 
 if TYPE_CHECKING:
     from orchestrator.assembly import Outcome
+    from orchestrator.detach import Started
     from orchestrator.findings import Finding
+    from orchestrator.leaderboard import Leaderboard
     from orchestrator.report import Report
+    from orchestrator.review import Review
     from orchestrator.study import Study
 
 RECORD_SEEDS = "42,314,999"  # the challenge's usual three
@@ -36,7 +39,7 @@ SAMPLE_POSITIONS = 32_768  # a chunk of test-time training in the challenge's co
 UI_HOST, UI_PORT = "127.0.0.1", 5000
 USAGE = 2  # as argparse has it
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal, as shells have it
-DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES})
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ESTALE})
 
 Command = Callable[[argparse.Namespace, Home], int]
 
@@ -108,12 +111,9 @@ def study_check(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def study_run(arguments: argparse.Namespace, home: Home) -> int:
-    from orchestrator import assembly
     from orchestrator.study import load_study
 
-    study = load_study(arguments.file)
-    warn(study.warnings())
-    return show_outcome(assembly.run_study(study, home), home)
+    return carry_out(load_study(arguments.file), arguments, home)
 
 
 def study_status(arguments: argparse.Namespace, home: Home) -> int:
@@ -145,11 +145,58 @@ def study_stop(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def run(arguments: argparse.Namespace, home: Home) -> int:
-    from orchestrator import assembly
-
     study = study_from_run(arguments, home) if arguments.from_run else study_of_preset(arguments)
+    return carry_out(study, arguments, home)
+
+
+def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
+    """Run a study here, in a session of its own, or by jobs of the cluster that follow one another."""
+    from orchestrator import assembly, controller_job, detach
+    from orchestrator.study import SLURM
+
+    role, files = detach.take_role(), home.study(study.name)
     warn(study.warnings())
-    return show_outcome(assembly.run_study(study, home), home)
+    if study.interleave is not None and study.resources.launcher == SLURM:
+        if role != detach.JOB:
+            return queue_controller(study, arguments, home, options=controller_job.allocation_of(study))
+        study = controller_job.within_allocation(study)
+    if not role and arguments.as_job:
+        return queue_controller(study, arguments, home)
+    if not role and arguments.detach:
+        return show_started(detach.start(files, arguments.words), study, home)
+    if role != detach.JOB:
+        return show_outcome(assembly.run_study(study, home), home)
+    with controller_job.succeeded(files, os.environ["SLURM_JOB_ID"]):
+        outcome = assembly.run_study(study, home, patience_seconds=controller_job.PATIENCE_SECONDS)
+    return show_outcome(outcome, home)
+
+
+def queue_controller(study: Study, arguments: argparse.Namespace, home: Home, *, options: Sequence[str] = ()) -> int:
+    """Queue the controller as a job of the cluster, with these options of sbatch and the user's."""
+    from orchestrator import controller_job, preflight
+
+    preflight.check(study, home)
+    job = controller_job.submit(home, study.name, arguments.words, [*options, *shlex.split(arguments.job_options)])
+    print(f"{study.name}: its controller is job {job}, and queues its successor when it starts")
+    show_how_to_follow(study, home)
+    return 0
+
+
+def show_started(started: Started, study: Study, home: Home) -> int:
+    """A detached controller, or what its command said where it has ended by now."""
+    if started.exit_code is not None:
+        print(started.said, end="", file=sys.stderr if started.exit_code else sys.stdout)
+        return started.exit_code
+    print(f"{study.name}: process {started.pid} works on it, whatever becomes of this terminal")
+    show_how_to_follow(study, home)
+    return 0
+
+
+def show_how_to_follow(study: Study, home: Home) -> None:
+    base = f"{command_name()} --home {shlex.quote(str(home.root))}"
+    print(f"follow   tail -f {shlex.quote(str(home.study(study.name).log))}")
+    print(f"status   {base} study status {study.name}")
+    print(f"stop     {base} study stop {study.name}")
 
 
 def study_of_preset(arguments: argparse.Namespace) -> Study:
@@ -161,7 +208,23 @@ def study_of_preset(arguments: argparse.Namespace) -> Study:
     return record_study(
         named_preset(arguments.preset), data=arguments.data or datasets.PYDOC, seeds=parse_seeds(arguments.seeds or RECORD_SEEDS),
         knobs=parse_settings(arguments.set), resources=resources_of(arguments), name=arguments.name,
+        interleave=interleave_of(arguments),
     )  # fmt: skip
+
+
+def interleave_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """The table [interleave] that the arguments ask for; None where no candidate is named. Raises ConfigError."""
+    entries = {
+        "against": named_preset(arguments.against) if arguments.against else None,
+        "set": parse_settings(arguments.set_against) or None, "max_gap": arguments.max_gap, "throughput": arguments.throughput,
+    }  # fmt: skip
+    given = {name: value for name, value in entries.items() if value is not None}
+    if bool(given) != arguments.interleave or (given and not {"against", "set"} & set(given)):
+        raise ConfigError(
+            "--interleave goes with a candidate: --against PRESET, or --set-against KNOB=VALUE",
+            hint=f"{command_name()} run pr1326 --against pr1326-fisher --interleave",
+        )
+    return given or None
 
 
 def study_from_run(arguments: argparse.Namespace, home: Home) -> Study:
@@ -184,18 +247,125 @@ def study_from_run(arguments: argparse.Namespace, home: Home) -> Study:
 
 
 def resources_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    resources: dict[str, Any] = {"gpus_per_run": arguments.gpus, "timeout_minutes": arguments.timeout_minutes}
-    return resources if arguments.slots is None else {**resources, "slots": arguments.slots}
+    """The table [resources] that the arguments ask for; what is not given is left to its default."""
+    resources = {"gpus_per_run": arguments.gpus, "timeout_minutes": arguments.timeout_minutes, "slots": arguments.slots}
+    for name in ("launcher", "nodes", "partition", "account", "qos", "constraint", "python"):
+        resources[name] = getattr(arguments, name)
+    resources["exclusive"] = arguments.exclusive or None
+    resources["sbatch"] = parse_options(arguments.sbatch) or None
+    if arguments.launcher == "slurm" and arguments.slots is None:  # all seeds at once, as far as the cluster lets them
+        resources["slots"] = len((arguments.seeds or RECORD_SEEDS).split(","))
+    return {name: value for name, value in resources.items() if value is not None}
 
 
 def report(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator.report import as_record, write_report
 
-    written = write_report(home, arguments.study)
+    written = write_report(home, arguments.study, against=arguments.against, gates=arguments.gate)
     if arguments.json:
         show_json(as_record(written))
         return tell_damage(written.damage)
     return show_report(written, home)
+
+
+def compare(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import compare as comparisons
+
+    found = comparisons.compare(
+        home, arguments.candidate, arguments.baseline, gates=arguments.gate, paired=arguments.paired or None,
+        split=arguments.split, stage=arguments.stage,
+    )  # fmt: skip
+    show_json(comparisons.as_record(found)) if arguments.json else print(comparisons.as_text(found))
+    warn([] if arguments.json else found.warnings)
+    return comparisons.exit_code(found, asked=bool(arguments.gate))
+
+
+def import_records(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import gates, imports, leaderboard, mirror
+    from orchestrator.public_record import find_records
+
+    home.require_writable()
+    folders = [found for folder in arguments.folders for found in find_records(folder.expanduser())]
+    kept = []
+    for number, folder in enumerate(folders, start=1):
+        kept.append(imports.keep(home, folder))
+        if len(folders) > 1:
+            print(f"{number}/{len(folders)} {folder.name}", file=sys.stderr)
+    board = leaderboard.rank(
+        [(found.record, imports.track_of(found)) for found in kept], leaderboard.chosen_gates(gates.load_gates(home))
+    )
+    if arguments.json:
+        show_json(leaderboard.as_record(board))
+    elif arguments.csv:
+        print(leaderboard.as_csv(board), end="")
+    else:
+        show_imports(board, has_details=arguments.details or len(kept) == 1)
+    damage = [] if arguments.no_mlflow else mirror.sync_imports(home, [found.folder.name for found in kept])
+    if damage:
+        return tell_damage(damage)
+    return ProtocolError.exit_code if not any(found.record.scores for found in kept) else 0
+
+
+def package_record(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import package, review
+
+    who = package.Submitter(
+        author=arguments.author, github_id=arguments.github_id, name=arguments.name, blurb=arguments.blurb,
+        track=arguments.track,
+    )  # fmt: skip
+    found = package.collect(home, arguments.record)
+    if arguments.verify:
+        package.verify_seeds(
+            found, data_dir=home.dataset(arguments.data) if arguments.data else None, gpus=arguments.gpus,
+            timeout_seconds=60 * arguments.timeout_minutes, say=lambda line: print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        found = package.collect(home, arguments.record)
+    seen = package.package(home, found, arguments.out.expanduser().absolute(), who)
+    return show_review(seen, review.as_text(seen), has_json=arguments.json)
+
+
+def review_folder(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import review
+
+    if not arguments.folder.is_dir():
+        raise ConfigError(f"{arguments.folder}: there is no such folder", hint="name a submission folder")
+    seen = review.review(arguments.folder, seeds=arguments.seeds)
+    return show_review(seen, review.as_text(seen), has_json=arguments.json)
+
+
+def show_review(seen: Review, text: str, *, has_json: bool) -> int:
+    """What a reviewer finds in a folder; returns its exit code."""
+    from orchestrator.review import failures
+
+    if has_json:
+        checks = [dataclasses.asdict(check) for check in seen.checks]
+        show_json({"folder": str(seen.folder), "checks": checks, "failed": [check.name for check in seen.failed]})
+    else:
+        print(text, flush=True)
+    for line in failures(seen):
+        print(line, file=sys.stderr)
+    return seen.exit_code
+
+
+def show_imports(board: Leaderboard, *, has_details: bool) -> None:
+    """The leaderboard, or each record's seeds; what was refused and what disagrees."""
+    from orchestrator import leaderboard
+    from orchestrator.cells import as_text
+
+    if has_details:
+        for row in board.rows:
+            print(as_text(leaderboard.seed_table(row.record)), end="\n\n")
+    if len(board.rows) > 1:
+        print("\n\n".join(map(as_text, leaderboard.as_tables(board))))
+    for row in board.rows:
+        for refused in row.record.refused:
+            print(f"refused: {row.record.name}, seed {refused.seed}: {refused.why}", file=sys.stderr)
+        for conflict in row.record.conflicts:
+            print(f"conflict: {row.record.name}: {conflict}", file=sys.stderr)
+        for doubt in row.record.doubts:
+            print(f"doubt: {row.record.name}: {doubt}", file=sys.stderr)
+        for note in row.record.notes:
+            print(f"note: {row.record.name}: {note}", file=sys.stderr)
 
 
 def verify(arguments: argparse.Namespace, home: Home) -> int:
@@ -297,6 +467,12 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
             )
         settings[knob] = parse_value(knob, text)
     return settings
+
+
+def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
+    """sbatch's options from `mem=0` and `overcommit`."""
+    pairs = [assignment.removeprefix("--").partition("=") for assignment in assignments]
+    return {name: value if equals else True for name, equals, value in pairs}
 
 
 def warn(warnings: Sequence[str]) -> None:
@@ -497,6 +673,8 @@ def _add_study(top: Adder) -> None:
         parser.add_argument("file", type=Path, metavar="FILE", help="a study file, or the name of a shipped one")
         if name == "check":
             _add_json(parser)
+        else:
+            _add_controller(parser)
     for name, call, sentence in (
         ("status", study_status, "where a study stands"),
         ("stop", study_stop, "end a study after its running jobs"),
@@ -532,22 +710,71 @@ def _add_run(top: Adder) -> None:
         "--data", metavar="NAME|DIR", help=f"data set (default: {datasets.PYDOC}; with --from the run's own)"
     )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="GPUs of one run; 0 runs on the CPU (default)")
-    parser.add_argument("--slots", type=int, metavar="N", help="runs at a time on the CPU")
     parser.add_argument(
-        "--timeout-minutes",
-        type=float,
-        default=60.0,
-        metavar="MINUTES",
-        help="end an attempt after this (default: %(default)s)",
+        "--slots",
+        type=int,
+        metavar="N",
+        help="runs at a time on the CPU; in Slurm jobs at a time (default: every seed)",
     )
+    parser.add_argument(
+        "--timeout-minutes", type=float, metavar="MINUTES",
+        help="end an attempt after this (default: 60; in Slurm the budgets of training and evaluation, and a margin)",
+    )  # fmt: skip
+    _add_cluster(parser)
     parser.add_argument("--name", help="name of the record (default: from what is asked)")
+    _add_controller(parser)
+
+
+def _add_controller(parser: argparse.ArgumentParser) -> None:
+    """Where the controller itself runs."""
+    parser.add_argument(
+        "--detach", action="store_true", help="go on without this terminal, as a process of its own on this machine"
+    )
+    parser.add_argument(
+        "--as-job", action="store_true", help="go on as a job of the cluster (Slurm), which queues its own successor"
+    )
+    parser.add_argument(
+        "--job-options", default="", metavar="OPTIONS",
+        help="for sbatch with --as-job: --job-options='--partition=cpu --time=12:00:00'",
+    )  # fmt: skip
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Where runs go, as in a study's [resources]."""
+    group = parser.add_argument_group("on a cluster")
+    group.add_argument(
+        "--launcher", choices=("local", "slurm"), help="this machine (default), or a job of Slurm's for each run"
+    )
+    group.add_argument("--nodes", type=int, metavar="N", help="nodes of one run; --gpus are the run's, on all of them")
+    for name, words in (
+        ("partition", "partition of the cluster"),
+        ("account", "account that pays"),
+        ("qos", "quality of service"),
+        ("constraint", "features that a node must have"),
+        ("python", "interpreter of the trainer on the nodes (default: caddie's own)"),
+    ):
+        group.add_argument(f"--{name}", metavar="NAME" if name != "python" else "PATH", help=words)
+    group.add_argument("--exclusive", action="store_true", help="share the nodes with no other job")
+    group.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION[=VALUE]",
+        help="further options of sbatch by their long names; may be repeated",
+    )  # fmt: skip
 
 
 def _add_views(top: Adder) -> None:
     parser = top.add("report", report, "record table, page and data of a study", "caddie report wd-qk-ttt-smoke")
     parser.add_argument("study", metavar="STUDY")
+    parser.add_argument(
+        "--against", metavar="B", help="compare with this, as `caddie compare` takes it (default: the study's preset)"
+    )
+    parser.add_argument(
+        "--gate", action="append", default=[], metavar="NAME",
+        help="apply this rule alone; may be repeated (default: the challenge's rules)",
+    )  # fmt: skip
     _add_json(parser)
+    _add_compare(top)
     _add_verify(top)
+    _add_records(top)
     parser = top.add("ui", ui, "MLflow's pages on what has been run", f"caddie ui --port {UI_PORT}")
     parser.add_argument(
         "--host", default=UI_HOST, help="address to listen on (default: %(default)s, this machine only)"
@@ -558,6 +785,77 @@ def _add_views(top: Adder) -> None:
     _add_json(
         top.add("doctor", doctor, "what this machine can do, what is missing, and what mends it", "caddie doctor")
     )
+
+
+def _add_compare(top: Adder) -> None:
+    parser = top.add(
+        "compare", compare, "one arm against another: which rule is met, by how much, and how many seeds are missing",
+        "caddie compare wd-qk-ttt-smoke wd-qk-ttt-smoke:preset --paired",
+    )  # fmt: skip
+    arm = (
+        "a study (its best point) or STUDY:ARM, RUN[,RUN...], an imported record or a record's folder, a published record "
+        "(pr1493), a score, or scores as N,N,N"
+    )
+    parser.add_argument("candidate", metavar="A", help=arm)
+    parser.add_argument("baseline", metavar="B", help="what A should beat, in the same words")
+    parser.add_argument(
+        "--gate", action="append", default=[], metavar="NAME",
+        help="apply this rule alone, and exit with 10 where it is not met; may be repeated (default: the challenge's rules)",
+    )  # fmt: skip
+    parser.add_argument("--paired", action="store_true", help="pair by seed, also where an arm is not ours")
+    parser.add_argument("--stage", choices=STAGES, help="compare this stage (default: the last that the runs have)")
+    parser.add_argument(
+        "--split",
+        metavar="NAME",
+        help="published split whose tokens and bytes turn nats into bits per byte: sp8192, ...",
+    )
+    _add_json(parser)
+
+
+def _add_records(top: Adder) -> None:
+    parser = top.add(
+        "import", import_records, "record folders of others: their scores, where each stands, and a leaderboard of a tree of them",
+        "caddie import parameter-golf/records",
+    )  # fmt: skip
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a record's folder, or a tree of them")
+    parser.add_argument("--details", action="store_true", help="every record's seeds, with the line of each score")
+    parser.add_argument("--csv", action="store_true", help="print the leaderboard as CSV")
+    parser.add_argument("--no-mlflow", action="store_true", help="leave MLflow as it is; `caddie track` catches up")
+    _add_json(parser)
+    parser = top.add(
+        "package", package_record, "the submission folder of a record, made from its runs and reviewed",
+        "caddie package record-pr1326-1a2b3c4d --out my-record --author 'A. Player' --github-id aplayer",
+    )  # fmt: skip
+    parser.add_argument("record", metavar="RECORD", help="a study's name, with :ARM for another than its best point")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--author", required=True, help="your name, as the leaderboard shows it")
+    parser.add_argument("--github-id", required=True, metavar="ID", help="your name on GitHub")
+    parser.add_argument("--name", default="", help="of the record (default: from its preset and knobs)")
+    parser.add_argument("--blurb", default="", metavar="TEXT", help="what is new (default: the study's question)")
+    parser.add_argument(
+        "--track", default="", choices=("10min_16mb", "non_record_16mb"), metavar="TRACK",
+        help="10min_16mb or non_record_16mb (default: by the hardware of its runs)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", action="store_true", help="score each seed's model file again in an empty directory first"
+    )
+    parser.add_argument("--data", metavar="NAME|DIR", help="another copy of the data set for --verify")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs for --verify (default: as the runs had)")
+    parser.add_argument(
+        "--timeout-minutes",
+        type=float,
+        default=60.0,
+        metavar="MINUTES",
+        help="of one evaluation (default: %(default)s)",
+    )
+    _add_json(parser)
+    parser = top.add(
+        "review", review_folder, "check a submission folder as its reader would: files, sizes, seeds, source, numbers",
+        "caddie review parameter-golf/records/track_10min_16mb/2026-04-09_A2_Muon097_3Seed",
+    )  # fmt: skip
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds that it needs (default: %(default)s)")
+    _add_json(parser)
 
 
 def _add_verify(top: Adder) -> None:
@@ -614,6 +912,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = make_parser().parse_known_args(argv)
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.words = list(sys.argv[1:] if argv is None else argv)  # for a command that gives itself again
     try:
         home = Home(arguments.home.expanduser().resolve()) if arguments.home else default_home()
         code: int = arguments.call(arguments, home)

@@ -293,7 +293,7 @@ def study(home: Home, name: str) -> Finding | None:
         return Finding(
             name=f"Study {name}", status=WARN, found=str(error), remedy=error.hint or f"look at {files.ledger}"
         )
-    holder = lock.holder(files.lock)
+    holder = lock.holder(files)
     if holder is not None:
         return Finding(name=f"Study {name}", status=OK, found=f"{holder} works on it")
     if state.closed is None:

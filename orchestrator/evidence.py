@@ -5,15 +5,16 @@ Each number keeps the path of the file that it was read from, relative to CADDIE
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import CaddieError, ConfigError
+from orchestrator.errors import CaddieError, ConfigError, ProtocolError
 from orchestrator.findings import recorded_verdict
 from orchestrator.home import Home
 from orchestrator.ledger import Arm, Ledger, StudyState, Trial
+from orchestrator.places import lines_of
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
 from orchestrator.study import Study, parse_study
@@ -59,6 +60,9 @@ class RunEvidence:
     warned: tuple[str, ...] = ()
     """What the trainer warned of in the deciding attempt, for an arm's runs; a warning's name and values."""
 
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """Line of each value in the source, by its JSON pointer."""
+
     def bpb(self, stage: str) -> float | None:
         """Bits per byte of one stage of a complete run."""
         if self.result is None or self.result.status != COMPLETE or stage not in self.result.scores:
@@ -79,6 +83,73 @@ class RunEvidence:
     def quantization_gap(self) -> float | None:
         """Bits per byte that the stored model loses against the averaged weights."""
         return self.gap(protocol.ROUNDTRIP, protocol.POST_EMA)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedScore:
+    """The score of one seed, from a run of ours or from a published record: what a comparison needs and no more."""
+
+    seed: int | None
+    """None where a record does not name it."""
+
+    bpb: float
+    """Bits per byte of the stage that is compared."""
+
+    nats_per_token: float | None = None
+    """The same score as a loss; None where only bits per byte are known."""
+
+    steps: int | None = None
+    train_seconds: float | None = None
+    eval_seconds: float | None = None
+    artifact_bytes: int | None = None
+    source: str = ""
+    """File of the score: a path under CADDIE_HOME, or what a record cites."""
+
+    line: int = 0
+    """Line of the score in that file, from 1; 0 where it is not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredArm:
+    """One configuration as a comparison sees it: its seeds' scores, and the seeds that have none."""
+
+    name: str
+    scores: tuple[SeedScore, ...]
+    stage: str = ""
+    """Stage of evaluation that the scores are of."""
+
+    missing: tuple[str, ...] = ()
+    """Seeds that were started and have no score, each with its reason."""
+
+    started: int | None = None
+    """Runs of the configuration that were started and have ended, shown or not; None where a record does not say."""
+
+    is_ours: bool = False
+    """Whether what a seed decides is known, so that two arms may be paired by it."""
+
+    problems: tuple[str, ...] = ()
+    """What a reader must know before he believes the scores."""
+
+    stated: Summary | None = None
+    """Mean and spread as published, where the seeds' own scores are not known."""
+
+    constant: bool = False
+    """Whether this is one number taken as exact, a quoted score say, and no runs."""
+
+    @property
+    def summary(self) -> Summary:
+        """Mean and spread of the scores, or what is stated of them."""
+        return self.stated or summarize(self.values)
+
+    @property
+    def values(self) -> list[float]:
+        """Bits per byte of every seed that has them."""
+        return [score.bpb for score in self.scores]
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        """The same by seed, of the seeds that are named."""
+        return {score.seed: score.bpb for score in self.scores if score.seed is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +200,9 @@ class AttemptEvidence:
     gpus: int
     source: str
     """Path of this attempt's result under CADDIE_HOME; empty without one."""
+
+    began: str = ""
+    """Whether a later attempt went on from a checkpoint or from scratch; empty for the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +265,8 @@ class Curve:
     steps: tuple[int, ...]
     train_seconds: tuple[float, ...]
     losses: tuple[float, ...]
+    tokens_per_step: int = 0
+    """0 where the spec cannot be read."""
 
 
 def read_study(home: Home, study_name: str) -> tuple[Study, StudyState]:
@@ -222,6 +298,15 @@ def gather(home: Home, study_name: str) -> Evidence:
     )
 
 
+def run_evidence(home: Home, run_id: str) -> RunEvidence:
+    """One run by itself, whoever asked for it; raises ProtocolError where its files are damaged."""
+    reader = _Reader(home, StudyState())
+    found = reader.run("run", protocol.read_spec(home.run(run_id).spec).seed, run_id)
+    if found.state == UNREADABLE:
+        raise ProtocolError(found.reason, hint="the file is damaged: put it back, or ask for the run again")
+    return found
+
+
 class _Reader:
     """Reads run directories and collects what was damaged."""
 
@@ -237,9 +322,10 @@ class _Reader:
         return TrialEvidence(trial=trial, runs=self._runs(f"trial {trial.number}", trial.runs))
 
     def _runs(self, owner: str, runs: dict[int, str]) -> tuple[RunEvidence, ...]:
-        return tuple(self._run(owner, seed, run_id) for seed, run_id in runs.items())
+        return tuple(self.run(owner, seed, run_id) for seed, run_id in runs.items())
 
-    def _run(self, owner: str, seed: int, run_id: str) -> RunEvidence:
+    def run(self, owner: str, seed: int, run_id: str) -> RunEvidence:
+        """One run as its owner asked for it; a damaged one is a problem, and stays visible."""
         try:
             state, result = self.store.state(run_id), self.store.result(run_id)
             attempt = self.store.deciding_attempt(run_id)
@@ -257,6 +343,7 @@ class _Reader:
             owner=owner, seed=seed, run_id=run_id, state=state, reason=reason, source=source, result=result,
             verified=verified, verification=_relative(run.verify, self.home.root) if verified else "",
             audited=audited, auditing=_relative(run.audit, self.home.root) if audited else "",
+            lines=lines_of((self.home.root / source).read_text(encoding="utf-8")) if source else {},
         )  # fmt: skip
 
     def _warned(self, run: RunEvidence) -> tuple[str, ...]:
@@ -264,6 +351,8 @@ class _Reader:
         found: list[str] = []
         try:
             attempt = self.store.deciding_attempt(run.run_id)
+            began = self._began(attempt) if attempt else ""
+            found += [began] if began else []
             for _, event in self.store.events(attempt) if attempt else ():
                 if event.get("kind") == WARNING:
                     values = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("kind", "t", "name"))
@@ -271,6 +360,19 @@ class _Reader:
         except CaddieError as error:
             self.problems[str(error)] = None
         return tuple(found)
+
+    def _began(self, attempt: AttemptDir) -> str:
+        """How a later attempt that has ended began; empty for the first. A damaged result is a problem, and says nothing."""
+        try:
+            is_told = attempt.number > 1 and attempt.result.exists()
+            earlier = protocol.read_result(attempt.result).resumed_from if is_told else {}
+        except CaddieError as error:
+            self.problems[str(error)] = None
+            return ""
+        if not earlier:
+            return f"attempt {attempt.number} began from scratch" if is_told else ""
+        parts = ", ".join(f"{seconds:.1f} s of attempt {number}" for number, seconds in earlier.items())
+        return f"went on after {parts}"
 
     def _verdict(self, record: Path, command: str, attempt: AttemptDir) -> str:
         """A command's verdict on this attempt's result; a damaged one is a problem, and none."""
@@ -295,6 +397,7 @@ class _Reader:
     def attempts(self) -> Iterator[AttemptEvidence]:
         owners = _owners_by_run(self.state)
         for attempt in self.state.attempts.values():
+            files = self.home.run(attempt.run_id).attempt(attempt.number)
             yield AttemptEvidence(
                 run_id=attempt.run_id,
                 number=attempt.number,
@@ -304,7 +407,8 @@ class _Reader:
                 failure=attempt.failure or attempt.stop_reason or "",
                 seconds=attempt.seconds,
                 gpus=attempt.gpus,
-                source=self._source(self.home.run(attempt.run_id).attempt(attempt.number)),
+                source=self._source(files),
+                began=self._began(files),
             )
 
 
@@ -342,13 +446,17 @@ def _read_curve(run: RunEvidence, store: RunStore, attempt: AttemptDir) -> tuple
     points: list[tuple[int, float, float]] = []
     problem = ""
     try:
-        for _, event in store.events(attempt):
+        for event in store.curve(attempt):
             if event.get("kind") == METRIC and TRAIN_LOSS in event["values"]:
                 points.append((event["step"], event["train_seconds"], event["values"][TRAIN_LOSS]))
     except CaddieError as error:
         problem = str(error)
     steps, seconds, losses = zip(*points, strict=True) if points else ((), (), ())
-    return Curve(run=run, steps=steps, train_seconds=seconds, losses=losses), problem
+    try:
+        tokens = int(protocol.read_spec(store.home.run(run.run_id).spec).config["data"]["tokens_per_step"])
+    except (CaddieError, KeyError, OSError) as error:
+        tokens, problem = 0, problem or str(error)
+    return Curve(run=run, steps=steps, train_seconds=seconds, losses=losses, tokens_per_step=tokens), problem
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -103,7 +103,15 @@ def check_table(checks: Sequence[Check], *, has_notes: bool = False) -> list[str
 
 def failure_lines(found: Finding) -> list[str]:
     """Every failure in full, the bundle's own where it was run, then what could not be decided and why."""
-    lines, checks, failure = [], found.checks, found.failure
+    lines, failure = failed_lines(found.checks), found.failure
+    if failure and failure.log:
+        lines += ["the bundle's last words:", *(f"  {line}" for line in failure.log.splitlines())]
+    return lines + undecided_lines(found.checks)
+
+
+def failed_lines(checks: Sequence[Check]) -> list[str]:
+    """Every failed check with its rule, values, place and remedy."""
+    lines = []
     for check in checks:
         if check.status != FAILED:
             continue
@@ -112,13 +120,16 @@ def failure_lines(found: Finding) -> list[str]:
         values = f"expected {most}{_full(check.expected)}{within}, found {_full(check.found)}"
         values += f"; {check.note}" if check.note else ""
         lines += [f"error: {check.name}: {check.rule}: {values} ({check.place})", f"hint: {check.remedy}"]
-    if failure and failure.log:
-        lines += ["the bundle's last words:", *(f"  {line}" for line in failure.log.splitlines())]
-    undecided_checks = [check for check in checks if check.status == UNDECIDED]
-    for note in dict.fromkeys(check.note for check in undecided_checks):
-        names = ", ".join(check.name for check in undecided_checks if check.note == note)
-        lines.append(f"note: undecided: {names}: {note}")
     return lines
+
+
+def undecided_lines(checks: Sequence[Check]) -> list[str]:
+    """What could not be decided, by its reason."""
+    undecided_checks = [check for check in checks if check.status == UNDECIDED]
+    return [
+        f"note: undecided: {', '.join(check.name for check in undecided_checks if check.note == note)}: {note}"
+        for note in dict.fromkeys(check.note for check in undecided_checks)
+    ]
 
 
 def _full(value: Value) -> str:

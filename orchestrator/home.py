@@ -28,6 +28,18 @@ class StudyDir:
         return self.root / "controller.lock"
 
     @property
+    def controller(self) -> Path:  # who works on the study; there for as long as somebody does
+        return self.root / "controller.json"
+
+    @property
+    def log(self) -> Path:  # what detached controllers say
+        return self.root / "controller.log"
+
+    @property
+    def job_script(self) -> Path:  # of controllers that are jobs of the cluster
+        return self.root / "controller.sbatch"
+
+    @property
     def optuna_journal(self) -> Path:  # a view: made again from the ledger at every start
         return self.root / "optuna.journal"
 
@@ -55,6 +67,52 @@ class StudyDir:
     def record_csv(self) -> Path:
         return self.report / "record.csv"
 
+    @property
+    def runs_csv(self) -> Path:  # the same of every run, the search's too
+        return self.report / "runs.csv"
+
+
+@dataclass(frozen=True)
+class AccessDir:
+    """Names every file that decides who may open MLflow's pages from another machine; nobody else may read them."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "access.ini"
+
+    @property
+    def users(self) -> Path:  # MLflow's own: names, hashes of passwords, permissions
+        return self.root / "users.db"
+
+    @property
+    def password(self) -> Path:  # of the first user
+        return self.root / "password"
+
+    @property
+    def secret(self) -> Path:  # signs forms
+        return self.root / "secret"
+
+
+@dataclass(frozen=True)
+class ImportDir:
+    """Names every file of an imported record."""
+
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def files(self) -> Path:  # the record's own, as they were found
+        return self.root / "files"
+
+    @property
+    def provenance(self) -> Path:  # where they were found, and the hash of each; written last
+        return self.root / "provenance.json"
+
 
 @dataclass(frozen=True)
 class Home:
@@ -75,6 +133,22 @@ class Home:
         return self.root / "data"
 
     @property
+    def imports(self) -> Path:  # records of others, as they published them
+        return self.root / "imports"
+
+    def imported(self, name: str) -> ImportDir:
+        return ImportDir(self.imports / name)
+
+    def import_names(self) -> list[str]:
+        """Every imported record."""
+        found = self.imports.glob(f"*/{self.imported('').provenance.name}")
+        return sorted(path.parent.name for path in found)
+
+    @property
+    def gates(self) -> Path:  # rules of one's own, beside the shipped ones
+        return self.root / "gates.toml"
+
+    @property
     def mlflow_database(self) -> Path:
         return self.root / "mlflow.db"
 
@@ -91,11 +165,19 @@ class Home:
         return self.root / "mlflow-artifacts"
 
     @property
+    def mlflow_access(self) -> AccessDir:
+        return AccessDir(self.root / "mlflow-access")
+
+    @property
     def compile_cache(self) -> Path:  # what nodes compiled, for other nodes; losing it costs time only
         return self.root / "compile-cache"
 
     def compiled(self, key: str) -> Path:
         return self.compile_cache / f"{key}.tar.gz"
+
+    @property
+    def bundles(self) -> Path:  # packed trainers, by what they were packed from; losing them costs time only
+        return self.root / "bundles"
 
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)

@@ -24,6 +24,8 @@ def identity_of(study: Study, *, manifest_sha256: str, bundle_sha256: str) -> di
         "objective": study.search.objective,
         "seeds": study.search.seeds,
     }
+    if study.candidate is not None:
+        parts["candidate"] = to_mapping(study.candidate)
     hashes = {what: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for what, value in parts.items()}
     return {**hashes, "data": manifest_sha256[:16], "trainer": bundle_sha256[:16]}
 

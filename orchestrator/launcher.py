@@ -1,4 +1,4 @@
-"""The launcher: puts attempts on a scheduler and tells whether they live; the only module that knows submitit.
+"""The launcher of this machine: starts attempts through submitit and tells whether they live.
 
 submitit's local executor takes any job at once, calls a running job done after a restart of the controller, and leaves
 zombies; so the queue is in `slots`, and a job's life is read off the worker's claim and off the processes that carry
@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,10 @@ from submitit import Job, LocalExecutor
 
 from orchestrator import worker
 from orchestrator.errors import MachineError
+from orchestrator.ports import Ending, OpenJob
+from orchestrator.pulse import SILENCE_SECONDS, Pulse
 from orchestrator.slots import JobResources
+from orchestrator.study import LOCAL
 from trainer import protocol
 from trainer.protocol import AttemptDir, RunDir
 
@@ -54,6 +58,15 @@ class JobRecord:
     """Unix seconds."""
 
     resources: JobResources
+    scheduler: str = LOCAL
+
+
+def exports(tag: str) -> list[str]:
+    """Lines of a job's script: its tag, and the place of this code, which need not be installed."""
+    checkout = str(Path(protocol.__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join([checkout, known]) if known else checkout
+    return [f"export {name}={shlex.quote(value)}" for name, value in ((JOB_TAG, tag), ("PYTHONPATH", path))]
 
 
 class LocalLauncher:
@@ -61,6 +74,15 @@ class LocalLauncher:
 
     jobs: ClassVar[list[Job[Any]]] = []
     """Children of this process, whichever launcher started them, kept until they have ended and been reaped."""
+
+    has_queue = False
+
+    def __init__(self) -> None:
+        self.pulse = Pulse()
+
+    def look(self, jobs: Collection[OpenJob]) -> list[str]:
+        """Nothing: processes are looked for where they are asked for, and nobody starts one again."""
+        return []
 
     def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
         """Start an attempt and return the job's id.
@@ -75,7 +97,7 @@ class LocalLauncher:
             executor.update_parameters(
                 timeout_min=resources.timeout_seconds / 60 + OUTER_MARGIN_MINUTES,
                 tasks_per_node=1,
-                setup=[IGNORE_TERMINAL, *self._exports(tag), self._detach(files)],
+                setup=[IGNORE_TERMINAL, *exports(tag), self._detach(files)],
             )
             gpus = ",".join(resources.gpus)
             job = executor.submit(
@@ -98,26 +120,31 @@ class LocalLauncher:
         """Keep a job off the controller's terminal and pipes: it outlives them, and a reader would wait for its end."""
         return f"exec </dev/null >>{shlex.quote(str(files.scheduler / WRAPPER_LOG))} 2>&1"
 
-    @staticmethod
-    def _exports(tag: str) -> list[str]:
-        """The job's tag, and the place of this code, which need not be installed."""
-        checkout = str(Path(protocol.__file__).resolve().parent.parent)
-        known = os.environ.get("PYTHONPATH", "")
-        path = os.pathsep.join([checkout, known]) if known else checkout
-        return [f"export {name}={shlex.quote(value)}" for name, value in ((JOB_TAG, tag), ("PYTHONPATH", path))]
-
     def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:
         """Whether any process of the attempt runs: the worker that claimed it, its trainer, or what carries the job's tag.
 
-        Without a tag the scheduler's wrapper is not asked for: after a result, and in another study's attempt.
+        Without a tag the scheduler's wrapper is not asked for: after a result, and in another study's attempt. That one
+        may run on another host, where only its pulse is heard.
         """
         self.jobs[:] = [job for job in self.jobs if not job.done()]  # asking reaps the ended ones
         claim = worker.read_claim(attempt)
-        if claim is not None and worker.is_live(claim):
+        if claim is not None and (worker.is_live(claim) or (worker.is_elsewhere(claim) and self._is_heard(attempt))):
             return True
         if worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(attempt)):  # it outlives a killed worker
             return True
         return tag is not None and bool(worker.tagged_processes(JOB_TAG, tag))
+
+    def _is_heard(self, attempt: AttemptDir) -> bool:
+        silent = self.pulse.silent_seconds(attempt)
+        return silent is not None and silent < SILENCE_SECONDS
+
+    def ending(self, attempt: AttemptDir, *, tag: str) -> Ending | None:
+        """Nothing: a machine keeps no record of its processes."""
+        return None
+
+    def nodes_of(self, attempt: AttemptDir, *, tag: str) -> tuple[str, ...]:
+        """None: there is no other machine to run on."""
+        return ()
 
     def find(self, attempt: AttemptDir, *, tag: str) -> str | None:
         """The id of the job that carries the tag, or None; to be asked after a restart, when nobody submits.

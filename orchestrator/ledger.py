@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ProtocolError
-from trainer.protocol import DATA, DISK, RETRYABLE, STOPPED, append_line, read_lines, storage_error
+from trainer.protocol import DATA, DISK, NODE, PREEMPTED, RETRYABLE, STOPPED, append_line, read_lines, storage_error
 
 # Kinds of record. Each record carries `kind` and `time` (unix seconds).
 OPENED = "opened"  # source (the study file's text), digest, identity {what: hash}, caddie (version)
@@ -24,13 +24,13 @@ TRIAL_TOLD = "trial_told"  # trial, state, value, constraints {name: value}, int
 ARM_ASKED = "arm_asked"  # arm, trial, params, runs {seed: run_id}
 SUBMITTING = "submitting"  # run_id, attempt, tag, resources: the intention, before the scheduler hears of it
 SUBMITTED = "submitted"  # run_id, attempt, job_id
-ENDED = "ended"  # run_id, attempt, status, failure (kind or null), seconds, gpus
+ENDED = "ended"  # run_id, attempt, status, failure (kind or null), seconds, gpus; where known nodes [name], is_refused
 STOP_ASKED = "stop_asked"  # run_id, attempt, reason
 CLOSED = "closed"  # reason
 
 RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"  # state of a trial
 BY_PRESET, BY_SAMPLER = "preset", "sampler"  # origin of a trial
-PRESET_ARM, BEST_ARM = "preset", "best"  # arm
+PRESET_ARM, BEST_ARM = "preset", "best"  # arm; where a candidate is named and nothing searched, that one is the second
 MEDIAN, CANCELLED = "median", "cancelled"  # reason for which an attempt is stopped
 FINISHED, HALTED, BROKEN = "finished", "stopped", "failed"  # reason for which a study is closed
 
@@ -38,6 +38,10 @@ TO_MEND = frozenset(
     {DISK, DATA}
 )  # failures that say nothing of the trial and that no other attempt escapes: people mend them
 WANTED, ACTIVE, SETTLED = "wanted", "active", "settled"  # a run needs an attempt, has one, needs no more
+
+NODE_FAILURES = 2  # so many crashes of a node, with nothing completed on it in between, and it gets no more
+SAME_CRASH_SECONDS = 120.0  # within which the attempts that a node loses are lost by one crash
+MOST_PREEMPTIONS = 50  # of a run, before they count as failures: one that never comes to its end must end
 
 
 @dataclass(kw_only=True)
@@ -95,6 +99,11 @@ class Attempt:
     failure: str | None = None
     seconds: float = 0.0
     gpus: int = 0
+    nodes: tuple[str, ...] = ()
+    """Where it ran, as far as it is known."""
+
+    is_refused: bool = False
+    """Whether the check before the trainer's start found its node wanting: the run has not begun."""
 
 
 @dataclass(kw_only=True)
@@ -110,6 +119,18 @@ class StudyState:
     attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
     closed: str | None = None
     opened_at: float = 0.0
+    _attempts_by_run: dict[str, list[Attempt]] = field(default_factory=dict, repr=False, compare=False)
+    _node_failures: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for attempt in self.attempts.values():
+            self._attempts_by_run.setdefault(attempt.run_id, []).append(attempt)
+
+    def add(self, attempt: Attempt) -> None:
+        """Note an attempt; one that was noted before under its number is replaced."""
+        others = [known for known in self.attempts_of(attempt.run_id) if known.number != attempt.number]
+        self._attempts_by_run[attempt.run_id] = [*others, attempt]
+        self.attempts[attempt.run_id, attempt.number] = attempt
 
     @property
     def best(self) -> Trial | None:
@@ -124,7 +145,7 @@ class StudyState:
         return list(dict.fromkeys(run_id for owner in asked for run_id in owner.runs.values()))
 
     def attempts_of(self, run_id: str) -> list[Attempt]:
-        return [attempt for attempt in self.attempts.values() if attempt.run_id == run_id]
+        return self._attempts_by_run.get(run_id, [])
 
     @property
     def open_attempts(self) -> list[Attempt]:
@@ -135,7 +156,8 @@ class StudyState:
         """WANTED, ACTIVE or SETTLED.
 
         What was cancelled, or found the disk full or the data damaged, is wanted again however often; what the machine
-        failed, `max_attempts` times.
+        failed, `max_attempts` times. A node that was refused before the run began counts from its second refusal on, and
+        pre-emption, which may come however often, from MOST_PREEMPTIONS on.
         """
         attempts = self.attempts_of(run_id)
         if not attempts:
@@ -145,8 +167,26 @@ class StudyState:
             return ACTIVE
         if last.failure in TO_MEND or (last.status == STOPPED and last.stop_reason == CANCELLED):
             return WANTED
-        lost = sum(attempt.failure in RETRYABLE for attempt in attempts)
+        preempted = sum(attempt.failure == PREEMPTED for attempt in attempts)
+        lost = sum(attempt.failure in RETRYABLE for attempt in attempts) - min(preempted, MOST_PREEMPTIONS)
+        lost -= len({attempt.nodes for attempt in attempts if attempt.is_refused})
         return WANTED if last.failure in RETRYABLE and lost < max_attempts else SETTLED
+
+    @property
+    def excluded_nodes(self) -> list[str]:
+        """Nodes that were refused, or failed often enough with nothing completed in between: they get no more, by name."""
+        return sorted(node for node, times in self._node_failures.items() if len(times) >= NODE_FAILURES)
+
+    def note_nodes(self, attempt: Attempt, seconds: float) -> None:
+        """Note what an attempt that ended at that time says of its nodes; one crash that ends several runs counts once."""
+        for node in attempt.nodes:
+            times = self._node_failures.setdefault(node, [])
+            if attempt.is_refused:
+                times += [seconds] * NODE_FAILURES
+            elif attempt.failure == NODE:
+                times += [seconds] if not times or abs(seconds - times[-1]) > SAME_CRASH_SECONDS else []
+            elif attempt.status == COMPLETE and len(times) < NODE_FAILURES:
+                times.clear()
 
     @property
     def gpu_seconds(self) -> float:
@@ -182,7 +222,7 @@ def apply(state: StudyState, record: Mapping[str, Any]) -> None:
             run_id=record["run_id"], number=record["attempt"], tag=record["tag"],
             resources=record["resources"], submitted=record["time"],
         )  # fmt: skip
-        state.attempts[attempt.run_id, attempt.number] = attempt
+        state.add(attempt)
     elif kind == SUBMITTED:
         state.attempts[record["run_id"], record["attempt"]].job_id = record["job_id"]
     elif kind == STOP_ASKED:
@@ -192,6 +232,8 @@ def apply(state: StudyState, record: Mapping[str, Any]) -> None:
         attempt = state.attempts[record["run_id"], record["attempt"]]
         attempt.status, attempt.failure = record["status"], record["failure"]
         attempt.seconds, attempt.gpus = record["seconds"], record["gpus"]
+        attempt.nodes, attempt.is_refused = tuple(record.get("nodes", ())), record.get("is_refused", False)
+        state.note_nodes(attempt, record["time"])
     elif kind == CLOSED:
         state.closed = record["reason"]
     else:
@@ -267,6 +309,9 @@ class OpenLedger(Ledger):
         self.decisions = 0
         """Number of those made since it was opened."""
 
+        self.guard: Callable[[], None] = lambda: None
+        """Raises where this controller may decide no longer."""
+
     def open(self) -> None:
         """Take up where the file ends; raises ProtocolError, StorageError."""
         self.drop_torn_line()
@@ -274,5 +319,6 @@ class OpenLedger(Ledger):
 
     def decide(self, kind: str, **fields: Any) -> None:
         """Decide: first on disk, then in the state. Raises StorageError; what is not on disk has not been decided."""
+        self.guard()
         apply(self.now, self.append(kind, **fields))
         self.decisions += 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator import ledger
+from orchestrator import imported_mirror, imports, ledger
 from orchestrator import mlflow_entries as entries
+from orchestrator import mlflow_views as views
 from orchestrator.errors import CaddieError, ConfigError, ProtocolError
 from orchestrator.evidence import read_study
 from orchestrator.home import Home
@@ -37,6 +40,24 @@ def sync_all(home: Home) -> list[str]:
     store = MlflowStore(home)
     with store.held():
         return _sync_every_study(store)
+
+
+def sync_imports(home: Home, names: Sequence[str]) -> list[str]:
+    """Mirror imported records by name; returns what could not be read. Raises StorageError."""
+    store = MlflowStore(home)
+    with store.held():
+        store.prepare()
+        return _sync_imports(store, names)
+
+
+def _sync_imports(store: MlflowStore, names: Sequence[str]) -> list[str]:
+    problems = []
+    for name in names:
+        try:
+            imported_mirror.sync(store, imports.read(store.home, name))
+        except (ConfigError, ProtocolError) as error:
+            problems.append(str(error))
+    return problems
 
 
 def rebuild(home: Home) -> list[str]:
@@ -68,7 +89,7 @@ def _sync_every_study(store: MlflowStore) -> list[str]:
             problems += _StudySync(store, name).run()
         except (ConfigError, ProtocolError) as error:
             problems.append(str(error))
-    return problems
+    return problems + _sync_imports(store, store.home.import_names())
 
 
 def _remove_other_artifacts(home: Home, kept: set[str]) -> None:
@@ -78,15 +99,17 @@ def _remove_other_artifacts(home: Home, kept: set[str]) -> None:
 
 
 def view_paths(home: Home) -> dict[str, str]:
-    """Path within MLflow's UI of each study's view."""
+    """Path within MLflow's UI of each study's views: its trials as a table and as charts, and the curves of its runs."""
     store = MlflowStore(home)
     with store.held():
         experiments = store.client.search_experiments()
-    return {
-        found.name: f"/#/experiments/{found.experiment_id}/runs?viewStateShareKey={entries.VIEW_KEY}&workflowType=machine_learning"
-        for found in experiments
-        if entries.STUDY in found.tags
-    }
+    paths = {}
+    for found in experiments:
+        if entries.STUDY in found.tags:
+            paths[found.name] = views.path_of(found.experiment_id, views.TABLE)
+            paths[f"{found.name}, charts"] = views.path_of(found.experiment_id, views.TABLE, has_charts=True)
+            paths[f"{found.name}, curves"] = views.path_of(found.experiment_id, views.CURVES, has_charts=True)
+    return paths
 
 
 class _StudySync:
@@ -114,7 +137,7 @@ class _StudySync:
         found = self.store.run_of(self.experiment_id, "study")
         if found is None:
             tags = {
-                entries.LEVEL: "study",
+                views.LEVEL: "study",
                 entries.STUDY: self.study.name,
                 entries.NOTE: entries.study_note(self.study, self.state),
             }
@@ -129,15 +152,27 @@ class _StudySync:
         mirrored = study_run.tags.get(entries.MIRRORED, "")
         if mirrored != str(len(told)):
             self.store.log_metrics(study_run, entries.search_points(told.values(), self.state.opened_at))
-            self.store.set_tags(
-                study_run, {entries.NOTE: entries.study_note(self.study, self.state), entries.MIRRORED: str(len(told))}
-            )
+            self.store.set_tags(study_run, {entries.MIRRORED: str(len(told))})
         self._sync_report(study_run)
+        self.store.set_tags(
+            study_run, {entries.NOTE: entries.study_note(self.study, self.state, self._links(study_run))}
+        )
         status = self.state.closed or "open"
-        self.store.set_tags(study_run, {entries.STATUS: status})
+        self.store.set_tags(study_run, {views.STATUS: status})
         if self.state.closed:
             ended = max((a.submitted + a.seconds for a in self.state.attempts.values()), default=self.state.opened_at)
             self.store.finish(study_run, entries.STUDY_STATUS[self.state.closed], ended)
+
+    def _links(self, study_run: MlflowRun) -> dict[str, str]:
+        """Pages that the study's description leads to."""
+        best, report = self.state.best, self.home.study(self.study.name)
+        keys = [*([f"trial/{best.number}"] if best else []), *(f"arm/{name}" for name in self.state.arms)]
+        known = {key: self.store.run_of(self.experiment_id, key) for key in keys}
+        links = {key: views.run_path(self.experiment_id, run.mlflow_id) for key, run in known.items() if run}
+        if report.report_page.exists():
+            place = f"{report.report.name}/{report.report_page.name}"
+            links["report"] = views.run_path(self.experiment_id, study_run.mlflow_id, place)
+        return links
 
     def _sync_report(self, study_run: MlflowRun) -> None:
         folder = self.home.study(self.study.name)
@@ -165,7 +200,7 @@ class _StudySync:
     def _create_owner(self, study_run: MlflowRun, owner: Trial | Arm, key: str) -> MlflowRun:
         submitted = [a.submitted for run_id in owner.runs.values() for a in self.state.attempts_of(run_id)]
         tags = {
-            entries.LEVEL: key.partition("/")[0],
+            views.LEVEL: key.partition("/")[0],
             entries.PARENT: study_run.mlflow_id,
             entries.STUDY: self.study.name,
             **entries.owner_tags(owner),
@@ -192,9 +227,9 @@ class _StudySync:
         else:
             state = protocol.COMPLETE if len(complete) == len(owner.runs) else protocol.FAILED
             status = entries.RUN_STATUS[state]
-        self.store.log_metrics(found, entries.final_points(values, ended))
         note = entries.owner_note(owner, self.study.search.objective, values)
-        self.store.set_tags(found, {entries.STATUS: state, entries.NOTE: note, entries.MIRRORED: "whole"})
+        tags = {views.STATUS: state, entries.NOTE: note, entries.MIRRORED: "whole"}
+        self.store.log_metrics(found, entries.final_points(values, ended), tags)
         self.store.finish(found, status, ended)
         found.is_whole = True
 
@@ -251,7 +286,7 @@ class _StudySync:
         if found is None:
             spec = protocol.read_spec(self.home.run(run_id).spec)
             tags = {
-                entries.LEVEL: "seed",
+                views.LEVEL: "seed",
                 entries.PARENT: owner_run.mlflow_id,
                 **entries.owner_tags(owner),
                 **entries.seed_tags(spec, self.study.name, seed),
@@ -295,15 +330,35 @@ class _StudySync:
     def _finish_seed(self, found: MlflowRun, attempt: AttemptDir, run_id: str, status: str) -> None:
         result = protocol.read_result(attempt.result) if attempt.result.exists() else None
         ended = _ended_at(self.state, run_id, attempt.number) or _written_at(attempt.result)
-        if result is not None:
-            self.store.log_metrics(found, entries.final_points(entries.final_values(result), ended))
+        values = entries.final_values(result) if result is not None else {}
+        self._sync_system(found, attempt)
         run = self.home.run(run_id)
         for path in (run.spec, run.bundle, attempt.result, attempt.events):
             self.store.log_file(found, path)
-        note = entries.seed_note(run_id, attempt, result, status)
-        self.store.set_tags(found, {entries.STATUS: status, entries.NOTE: note, entries.MIRRORED: "whole"})
+        links = {
+            path.name: views.run_path(self.experiment_id, found.mlflow_id, path.name)
+            for path in (run.spec, attempt.result, attempt.events) if path.exists()
+        }  # fmt: skip
+        if parent := found.tags.get(entries.PARENT):
+            links = {"the trial or arm": views.run_path(self.experiment_id, parent), **links}
+        note = entries.seed_note(run_id, attempt, result, status, links)
+        tags = {views.STATUS: status, entries.NOTE: note, entries.MIRRORED: "whole"}
+        self.store.log_metrics(found, entries.final_points(values, ended), tags)
         self.store.finish(found, entries.RUN_STATUS[status], ended)
         found.is_whole = True
+
+    def _sync_system(self, found: MlflowRun, attempt: AttemptDir) -> None:
+        """What the GPUs did, node by node; a damaged line ends a node's, and is a problem."""
+        for node in itertools.count():
+            path, points = attempt.system(node), list[Point]()
+            if not path.exists():
+                return
+            try:
+                for step, (_, record) in enumerate(protocol.read_lines(path)):
+                    points += entries.system_points(record, node, step)
+            except (CaddieError, KeyError, AttributeError, TypeError) as error:
+                self.problems.append(f"{path}: {error}")
+            self.store.log_metrics(found, points)
 
 
 def _ended_at(state: StudyState, run_id: str, number: int | None = None) -> float:

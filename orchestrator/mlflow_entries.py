@@ -11,7 +11,6 @@ Pure functions; `tracking` writes what they give.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,22 +18,17 @@ from typing import Any, NamedTuple
 
 from orchestrator import ledger
 from orchestrator.ledger import Arm, StudyState, Trial
+from orchestrator.mlflow_views import STATUS, study_views
 from orchestrator.statistics import mean, sample_std
 from orchestrator.study import Study
 from trainer import protocol
 from trainer.protocol import AttemptDir, Result, Spec
 
-KEY, LEVEL, STUDY, TRIAL, ARM, SEED, RUN_ID, ATTEMPT, STATUS, MIRRORED, REPORT, PROBLEM = (
-    "caddie.key", "caddie.level", "caddie.study", "caddie.trial", "caddie.arm", "caddie.seed", "caddie.run_id", "caddie.attempt",
-    "caddie.status", "caddie.mirrored", "caddie.report", "caddie.problem",
+KEY, STUDY, TRIAL, ARM, SEED, RUN_ID, ATTEMPT, MIRRORED, REPORT, PROBLEM = (
+    "caddie.key", "caddie.study", "caddie.trial", "caddie.arm", "caddie.seed", "caddie.run_id", "caddie.attempt",
+    "caddie.mirrored", "caddie.report", "caddie.problem",
 )  # fmt: skip
 PARENT, NOTE, GIT_COMMIT = "mlflow.parentRunId", "mlflow.note.content", "mlflow.source.git.commit"
-VIEW_KEY = "caddie"
-"""Name of the experiment's shared view: MLflow opens it for ?viewStateShareKey=."""
-
-COLUMN_PIXELS = 150
-"""Width of a column in that view: a score with its digits, a knob with its name."""
-
 CHUNK = "ttt_chunk"
 """Value of a metric event that says to which chunk of test-time training the others belong."""
 
@@ -109,6 +103,14 @@ def final_points(values: Mapping[str, float], ended: float) -> list[Point]:
     return [Point(name, _number(value), milliseconds(ended), 0) for name, value in values.items()]
 
 
+def system_points(record: Mapping[str, Any], node: int, step: int) -> Iterator[Point]:
+    """What a node's GPUs did, under the names that MLflow's page of system metrics shows."""
+    place = "" if node == 0 else f"node_{node}_"
+    for gpu, counters in record["gpus"].items():
+        for name, value in counters.items():
+            yield Point(f"system/{place}gpu_{gpu}_{name}", _number(value), milliseconds(record["time"]), step)
+
+
 def search_points(trials: Iterable[Trial], opened_at: float) -> Iterator[Point]:
     """Every trial's value and the best so far, by trial number. The ledger keeps no time for it: the number orders them."""
     best = math.inf
@@ -178,11 +180,19 @@ def study_params(study: Study) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def study_note(study: Study, state: StudyState) -> str:
-    best = state.best
+def study_note(study: Study, state: StudyState, links: Mapping[str, str] | None = None) -> str:
+    """The question, the best point and the way to it; `links`: pages of trials and arms by the mirror's key."""
+    best, links = state.best, links or {}
     found = f"\n\nBest so far: trial {best.number}, {study.search.objective} BPB {best.value:.5f}" if best else ""
+    if best and f"trial/{best.number}" in links:
+        found = found.replace(f"trial {best.number}", f"[trial {best.number}]({links[f'trial/{best.number}']})")
+    arms = [f"[{arm}]({links[f'arm/{arm}']})" for arm in state.arms if f"arm/{arm}" in links]
+    confirmed = f"\n\nConfirmed: {', '.join(arms)}" if arms else ""
     points = "".join(f"\n- `{knob}` = {param_text(value)}" for knob, value in best.params.items()) if best else ""
-    return f"{study.question}{found}{points}\n\nThe report is among the artifacts once it has been written."
+    report = f"[report]({links['report']})" if "report" in links else "report"
+    return (
+        f"{study.question}{found}{points}{confirmed}\n\nThe {report} is among the artifacts once it has been written."
+    )
 
 
 def owner_note(owner: Trial | Arm, objective: str, values: Mapping[str, float]) -> str:
@@ -197,39 +207,23 @@ def owner_note(owner: Trial | Arm, objective: str, values: Mapping[str, float]) 
     return f"{head}\n\n{points}{reason}"
 
 
-def seed_note(run_id: str, attempt: AttemptDir, result: Result | None, status: str) -> str:
-    """Where the run lies and why it failed."""
+def seed_note(
+    run_id: str, attempt: AttemptDir, result: Result | None, status: str, links: Mapping[str, str] | None = None
+) -> str:
+    """Where the run lies, why it failed, and the way to its files; `links`: pages by what they show."""
     lines = [f"Run `{run_id}`, attempt {attempt.number}: {status}."]
     if result is not None and result.failure is not None:
         lines.append(f"**{result.failure.kind}**: {result.failure.message}")
     lines.append(f"Directory: `{attempt.root}`")
+    lines += [" · ".join(f"[{name}]({link})" for name, link in links.items())] if links else []
     return "\n\n".join(lines)
 
 
 def experiment_tags(study: Study) -> dict[str, str]:
-    """Description, the kind that makes the UI open on runs, and a view with the columns that a sweep needs."""
+    """Description, the kind that makes the UI open on runs, and views with the columns and charts that a sweep needs."""
     return {
         NOTE: study.question,
         "mlflow.experimentKind": "custom_model_development",
-        f"mlflow.sharedViewState.{VIEW_KEY}": json.dumps(_view(study)),
+        **study_views(study),
         STUDY: study.name,
-    }
-
-
-def _view(study: Study) -> dict[str, Any]:
-    """Trials and arms by score, with the changed knobs, every stage and the bytes; in the form of MLflow's shared views."""
-    scores = [f"metrics.`final/{stage}_bpb`" for stage in reversed(protocol.STAGES)]
-    columns = [
-        *scores,
-        "metrics.`final/artifact_bytes`",
-        *(f"params.`{knob}`" for knob in study.space),
-        f"tags.`{STATUS}`",
-    ]
-    return {
-        "selectedColumns": columns,
-        "columnOrder": columns,
-        "columnWidths": dict.fromkeys(columns, COLUMN_PIXELS),
-        "orderByKey": f"metrics.`final/{study.search.objective}_bpb`",
-        "orderByAsc": True,
-        "searchFilter": f"tags.`{LEVEL}` != 'seed' AND tags.`{LEVEL}` != 'study'",
     }

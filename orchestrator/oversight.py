@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator import ledger, lock, sweep
+from orchestrator import controller_job, ledger, lock, sweep
 from orchestrator.errors import CaddieError, StudyBusy
 from orchestrator.evidence import read_study, study_names
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
+from orchestrator.lock import Holder
 from trainer.protocol import write_bytes_atomically
 
 
@@ -20,23 +22,34 @@ class StudyStatus:
 
     name: str
     state: str
-    """`running` where a controller works on it, `left` where none does and it is not at its end, else why it closed."""
+    """`running` where a controller works on it, `queued` where one waits for the cluster to begin with it, `left` where
+    none does and it is not at its end, else why it closed."""
 
     controller: str | None
-    trials: dict[str, int]
+    """Who works on it: the process, since when, and a detached one's log; on another host, when it was last heard."""
+
+    trials: dict[str, int] = field(default_factory=dict)
     """Number of trials by state."""
 
-    trials_planned: int
-    jobs: int
+    trials_planned: int = 0
+    jobs: int = 0
     """Attempts that the ledger does not know to have ended."""
 
-    arms: dict[str, int]
+    arms: dict[str, int] = field(default_factory=dict)
     """Number of runs by arm."""
 
-    best_trial: int | None
-    best_value: float | None
-    best_params: dict[str, Any]
-    gpu_seconds: float
+    best_trial: int | None = None
+    best_value: float | None = None
+    best_params: dict[str, Any] = field(default_factory=dict)
+    gpu_seconds: float = 0.0
+    log: str | None = None
+    """What its detached controllers say, and those that were jobs; None where there was none."""
+
+    controller_jobs: list[str] = field(default_factory=list)
+    """Jobs of the cluster that wait to be its controller, or are."""
+
+    excluded_nodes: list[str] = field(default_factory=list)
+    """Nodes that its runs are kept away from: refused before a run began, or failed twice."""
 
 
 def statuses(home: Home) -> tuple[list[StudyStatus], list[CaddieError]]:
@@ -53,13 +66,22 @@ def statuses(home: Home) -> tuple[list[StudyStatus], list[CaddieError]]:
 
 def status(home: Home, name: str) -> StudyStatus:
     """Where one study stands; raises ConfigError, ProtocolError."""
+    files, jobs = home.study(name), controller_job.jobs_of(home, name)
+    log = str(files.log) if files.log.exists() else None
+    controller = lock.holder(files)
+    words = _in_words(controller) if controller else None
+    if (jobs or controller) and not files.ledger.exists():
+        begun = "running" if controller else "queued"
+        return StudyStatus(name=name, state=begun, controller=words, log=log, controller_jobs=jobs)
     study, state = read_study(home, name)
-    controller = lock.holder(home.study(name).lock)
     best = state.best
     return StudyStatus(
         name=name,
         state="running" if controller else state.closed or "left",
-        controller=controller,
+        controller=words,
+        log=log,
+        controller_jobs=jobs,
+        excluded_nodes=state.excluded_nodes,
         trials=dict(Counter(trial.state for trial in state.trials.values())),
         trials_planned=study.search.trials,
         jobs=sum(attempt.status is None for attempt in state.attempts.values()),
@@ -71,6 +93,15 @@ def status(home: Home, name: str) -> StudyStatus:
     )
 
 
+def _in_words(controller: Holder) -> str:
+    words = [str(controller)]
+    if controller.since:
+        words.append(time.strftime("since %Y-%m-%d %H:%M:%S", time.localtime(controller.since)))
+    if controller.silent_seconds > 2 * lock.BEAT_SECONDS:
+        words.append(f"last heard {controller.silent_seconds:.0f} s ago")
+    return ", ".join(words)
+
+
 def as_text(found: StudyStatus) -> str:
     """A study's status in one paragraph for people."""
     states = ", ".join(f"{count} {state}" for state, count in sorted(found.trials.items())) or "none yet"
@@ -79,6 +110,9 @@ def as_text(found: StudyStatus) -> str:
         f"{found.name}: {found.state}" + (f" ({found.controller})" if found.controller else ""),
         *([f"  trials     {states}; {found.trials_planned} planned"] if found.trials_planned else []),
         f"  jobs       {found.jobs}",
+        *([f"  controller job {', '.join(found.controller_jobs)}"] if found.controller_jobs else []),
+        *([f"  log        {found.log}"] if found.log else []),
+        *([f"  excluded   node {', '.join(found.excluded_nodes)}"] if found.excluded_nodes else []),
         f"  confirmed  {arms}",
     ]
     if found.best_value is not None:
@@ -104,12 +138,16 @@ def as_line(found: StudyStatus) -> str:
 def ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     """Ask a study's controller to submit nothing more, with `cancel` also to stop its jobs; what was done, in words.
 
-    Where no controller works on it, its jobs are asked directly. Raises ConfigError, StorageError.
+    Where no controller works on it, its jobs are asked directly; controllers that wait in the cluster's queue are taken
+    out of it. Raises ConfigError, StorageError.
     """
-    read_study(home, name)
-    files = home.study(name)
+    files, waiting = home.study(name), controller_job.cancel_waiting(home, name)
+    if waiting and not files.ledger.exists():
+        return f"{name}: took its controller, job {', '.join(waiting)}, out of the queue; nothing had begun"
+    if lock.holder(files) is None:
+        read_study(home, name)
     try:
-        with lock.held(files.lock):
+        with lock.held(files):
             return _stop_left_jobs(home, name, cancel=cancel)
     except StudyBusy:
         write_bytes_atomically(files.stop, (sweep.CANCEL if cancel else sweep.DRAIN).encode())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.ledger import StudyState, Trial
@@ -14,17 +15,64 @@ Packer = Callable[[Config | None], bytes]
 """Gives the bundle for runs of a configuration, or for any run; asked for every run, so what it made it keeps."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenJob:
+    """An attempt that has not been seen to end, as its scheduler knows it."""
+
+    tag: str
+    job_id: str
+    """Empty where it is not known whether the scheduler has it."""
+
+    files: AttemptDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """What a scheduler says of the end of an attempt that left no result."""
+
+    kind: str
+    """Of failure, as in trainer.protocol."""
+
+    message: str
+
+
+class Unanswered(Exception):
+    """The scheduler gave no answer: whether it has the job will show later. Its text is for people."""
+
+
 class Launcher(Protocol):
     """Puts attempts on a scheduler."""
 
+    has_queue: bool
+    """Whether a job may wait before it begins, so that its time counts from its beginning."""
+
+    def look(self, jobs: Collection[OpenJob]) -> list[str]:
+        """Take up what the scheduler says, without waiting for it; once a turn. Returns what people should know.
+
+        `jobs` are all that the study has open: what else there is under the study's names is ended.
+        """
+
     def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
-        """Start an attempt under a name and return the job's id."""
+        """Start an attempt under a name and return the job's id.
+
+        Raises Unanswered where it may or may not have been started, ConfigError where the scheduler refuses what is
+        asked for, MachineError, StorageError.
+        """
 
     def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:
         """Whether any process of the attempt runs; without a tag, whether its worker or its trainer does."""
 
     def find(self, attempt: AttemptDir, *, tag: str) -> str | None:
-        """The id of the live job of that name; a job that its submitter left without a task is ended, and not found."""
+        """The id of the job of that name, which its submitter may have left without its task; None where there is none.
+
+        Raises Unanswered where that cannot be said now.
+        """
+
+    def ending(self, attempt: AttemptDir, *, tag: str) -> Ending | None:
+        """Why an attempt that is gone has left no result, as far as the scheduler knows."""
+
+    def nodes_of(self, attempt: AttemptDir, *, tag: str) -> tuple[str, ...]:
+        """Where an attempt ran, by the scheduler's names; of one that its node failed, only what failed."""
 
     def cancel(self, tag: str) -> None:
         """End whatever is left of the job of that name."""
@@ -64,4 +112,5 @@ class Mirror(Protocol):
 
     def nudge(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, timeout: float = ...) -> None:
+        """Copy a last time and end, within so many seconds."""

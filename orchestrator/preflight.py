@@ -8,18 +8,17 @@ from orchestrator import datasets, source_run
 from orchestrator.datasets import PreparedData
 from orchestrator.errors import StorageError
 from orchestrator.home import Home
+from orchestrator.node_check import RUN_BYTES_PER_CAP_BYTE
 from orchestrator.study import Study
 
-# A run keeps its artifact (at most the cap), the averaged weights in float32 (of which the artifact is a sixth to a
-# quarter) and a copy of the small files in MLflow.
-RUN_BYTES_PER_CAP_BYTE = 7
 COMMON_BYTES = 200_000_000  # ledger, logs, reports, MLflow's database
 
 
 def runs_of(study: Study) -> int:
     """Most runs that a study makes: its trials by their seeds, and two confirmed configurations."""
     confirmed = len(study.confirm.seeds) if study.confirm else 0
-    return study.search.trials * len(study.search.seeds) + confirmed * (2 if study.search.trials else 1)
+    arms = 2 if study.search.trials or study.candidate is not None else 1
+    return study.search.trials * len(study.search.seeds) + confirmed * arms
 
 
 def require_disk(study: Study, home: Home) -> None:
@@ -42,7 +41,8 @@ def check(study: Study, home: Home) -> PreparedData:
     home.require_writable()
     data = datasets.find(home, study.data)
     datasets.require_sound(data)
-    datasets.require_vocabulary(data, study.config.model.vocab_size)
+    for config in (study.config, study.candidate or study.config):
+        datasets.require_vocabulary(data, config.model.vocab_size)
     if study.from_run:
         source_run.require_scorable(source_run.find(home, study.from_run), study.config, data.manifest_sha256)
     require_disk(study, home)

@@ -1,33 +1,55 @@
-"""The report of a study: one claim in one sentence, and every number behind it with the file that it came from."""
+"""The report of a study: one claim in one sentence, the rules that it meets, and every number behind it with its place."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.charts import charts
+from orchestrator import compare, interleave, repeat
+from orchestrator.arms import find_arm, study_arm
+from orchestrator.cells import Table, as_markdown, as_text, bpb, params_text, probability, signed
+from orchestrator.charts import Chart, charts
 from orchestrator.checks import FAILED
-from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Evidence, RunEvidence, gather, read_curves
+from orchestrator.compare import STATES, Comparison, compare_arms
+from orchestrator.datasets import ask_trainer
+from orchestrator.errors import CaddieError
+from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Curve, Evidence, RunEvidence, gather, read_curves
+from orchestrator.family import Relative, families
+from orchestrator.footing import throughput
+from orchestrator.gates import Verdict, find_gates
 from orchestrator.home import Home, StudyDir
-from orchestrator.page import render_page
+from orchestrator.interleave import Block
+from orchestrator.page import GateLine, Listing, Section, render_page
+from orchestrator.published import published_split
 from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference, PairedDifference
 from orchestrator.tables import (
+    CITED,
     STAGE_NAMES,
-    as_markdown,
-    as_text,
-    bpb,
+    attempts_table,
+    bytes_table,
+    comparison_tables,
+    family_table,
+    footing_table,
+    groups_table,
+    lines_table,
     params_table,
-    params_text,
+    phases_table,
     record_frame,
     record_table,
-    signed,
-    tables,
+    runs_frame,
+    stages_table,
+    throughput_table,
+    trials_table,
 )
 from trainer import protocol
 from trainer.protocol import write_bytes_atomically
+
+EVIDENCE_FIRST = ("seeds", "stages")
+"""Plots that stand before the tests; the others follow them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +57,9 @@ class Report:
     """What was written, and what it says."""
 
     evidence: Evidence
+    comparison: Comparison | None
+    """The best point against the preset, or the record against what was asked for; None where there are no two arms."""
+
     claim: str
     weaknesses: tuple[str, ...]
     """What weakens the result."""
@@ -42,6 +67,16 @@ class Report:
     damage: tuple[str, ...]
     """Files that could not be read, each with its place; the numbers that they hold are missing."""
 
+    blocks: tuple[Block, ...]
+    """Of a comparison by turns on one node; empty for every other study."""
+
+    family: tuple[Relative, ...]
+    """Every run of the arms' configurations."""
+
+    tables: tuple[Table, ...]
+    """Every table that has rows, in the report's order."""
+
+    repeat: Listing
     page: Path
     text: Path
     data: Path
@@ -53,25 +88,41 @@ class Report:
         return self.weaknesses + self.damage
 
 
-def write_report(home: Home, study_name: str) -> Report:
-    """Write the report of a study, finished or not; raises ConfigError for an unknown one, StorageError."""
+def write_report(home: Home, study_name: str, *, against: str | None = None, gates: Sequence[str] = ()) -> Report:
+    """Write the report of a study, finished or not, compared with another arm where one is named by `against`.
+
+    Raises ConfigError for an unknown study, arm or gate, StorageError.
+    """
     evidence = gather(home, study_name)
     curves, unreadable = read_curves(home, evidence)
-    damage = tuple(dict.fromkeys([*evidence.problems, *unreadable]))
+    family, misfits = families(home, [run.run_id for arm in evidence.arms for run in arm.runs])
+    comparison = comparison_of(home, evidence, family, against=against, gates=gates)
+    sizes, blocks = sizes_of(home, evidence), interleave.blocks(home, evidence)
     folder = home.study(study_name)
+    weaknesses = [*warnings(evidence), *interleave.warnings(evidence, blocks)]
+    weaknesses += _family_warnings(home, evidence, family, comparison)
+    own_claim = interleave.claim(evidence, blocks) if blocks else claim(evidence)
     report = Report(
-        evidence=evidence, claim=claim(evidence), weaknesses=tuple(warnings(evidence)), damage=damage,
+        evidence=evidence, comparison=comparison, blocks=blocks, family=tuple(family),
+        claim=" ".join([own_claim, *_against(comparison, against)]),
+        weaknesses=tuple(dict.fromkeys(weaknesses)),
+        damage=tuple(dict.fromkeys([*evidence.problems, *unreadable, *misfits])),
+        tables=(
+            *((interleave.table(evidence, blocks),) if blocks else ()),
+            *all_tables(home, evidence, curves, comparison, family, sizes),
+        ), repeat=repeat.listing(home, evidence),
         page=folder.report_page, text=folder.report_text, data=folder.report_data, record_csv=folder.record_csv,
     )  # fmt: skip
-    plots = charts(evidence, curves, _importance(evidence))
+    plots = charts(evidence, curves, _importance(evidence), sizes)
     page = render_page(
-        title=study_name, question=evidence.study.question, claim=report.claim, problems=report.problems,
-        tables=tables(evidence), charts=plots, footer=_footer(evidence, folder),
+        title=study_name, question=evidence.study.question, claim=report.claim, gates=gate_lines(comparison),
+        problems=report.problems, sections=sections(report, plots), footer=_footer(evidence, folder),
     )  # fmt: skip
     write_bytes_atomically(report.page, page.encode())
     write_bytes_atomically(report.text, render_markdown(report).encode())
     write_bytes_atomically(report.data, (json.dumps(as_record(report), indent=1, allow_nan=False) + "\n").encode())
     write_bytes_atomically(report.record_csv, record_frame(evidence.arms).to_csv(index=False).encode())
+    write_bytes_atomically(folder.runs_csv, runs_frame(evidence.runs).to_csv(index=False).encode())
     return report
 
 
@@ -82,6 +133,116 @@ def _importance(evidence: Evidence) -> dict[str, float]:
     from orchestrator.search import knob_importance  # Optuna is loaded only where there is something to ask it
 
     return knob_importance(evidence.study, evidence.state)
+
+
+def sizes_of(home: Home, evidence: Evidence) -> dict[str, dict[str, int]]:
+    """Bytes by group of the arms' model files, by run; nothing where there are none, or no trainer to read them."""
+    runs = [home.run(run.run_id) for arm in evidence.arms for run in arm.runs]
+    folders = [str(run.root) for run in runs if run.artifact.is_file()]
+    if not folders:
+        return {}
+    try:
+        found: dict[str, dict[str, int]] = ask_trainer(["sizes", *folders])["sizes"]
+    except CaddieError:  # a machine without torch: the report shows code and model
+        return {}
+    return found
+
+
+# ── what is compared ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def comparison_of(
+    home: Home, evidence: Evidence, family: Sequence[Relative], *, against: str | None = None, gates: Sequence[str] = ()
+) -> Comparison | None:
+    """The study's best arm against another, or against its preset; None where there are no two arms.
+
+    Raises ConfigError for an unknown arm or gate.
+    """
+    arms = [arm for arm in evidence.arms if arm.runs]
+    wanted = find_gates(home, list(gates))
+    if not arms or (against is None and {BEST_ARM, PRESET_ARM} - {arm.name for arm in arms}):
+        return None
+    candidate = study_arm(home, evidence, family=family)
+    baseline = find_arm(home, against) if against else study_arm(home, evidence, PRESET_ARM, family=family)
+    return compare_arms(candidate, baseline, wanted, split=published_split(against) if against else None)
+
+
+def _against(comparison: Comparison | None, against: str | None) -> list[str]:
+    """The difference from what was asked for, which the study's own claim knows nothing of."""
+    if comparison is None or against is None:
+        return []
+    name, line = comparison.candidate.name, compare.difference_line(comparison)
+    return [f"{name} against {comparison.baseline.name}: {line}"]
+
+
+def gate_lines(comparison: Comparison | None) -> list[GateLine]:
+    """Each rule's outcome in a sentence."""
+    if comparison is None:
+        return []
+    return [GateLine(state=STATES[verdict.is_met], text=_gate_sentence(verdict)) for verdict in comparison.verdicts]
+
+
+def _gate_sentence(verdict: Verdict) -> str:
+    gate, p = verdict.gate, verdict.difference.p_one_sided
+    found = f" p = {probability(p)}." if p is not None else ""
+    missing = f" Missing: {'; '.join(verdict.missing)}." if verdict.missing else ""
+    return f"{gate.name}, {gate.title}.{found}{missing}"
+
+
+def _family_warnings(
+    home: Home, evidence: Evidence, family: Sequence[Relative], comparison: Comparison | None
+) -> list[str]:  # fmt: skip
+    """What is known of runs that the arms do not show; seeds without a score are told elsewhere."""
+    if comparison is None:
+        arms = [study_arm(home, evidence, arm.name, family=family) for arm in evidence.arms if arm.runs]
+        return [warning for arm in arms for warning in compare.arm_warnings(arm)]
+    missing = {
+        f"{arm.name}: no score of {text}" for arm in (comparison.candidate, comparison.baseline) for text in arm.missing
+    }
+    return [warning for warning in comparison.warnings if warning not in missing]
+
+
+# ── its parts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def all_tables(
+    home: Home, evidence: Evidence, curves: Sequence[Curve], comparison: Comparison | None, family: Sequence[Relative],
+    sizes: Mapping[str, Mapping[str, int]],
+) -> list[Table]:  # fmt: skip
+    """Every table of the report, in its order; those without rows are left out."""
+    gates_and_tests = comparison_tables(comparison)
+    found = [
+        *gates_and_tests[:1],
+        *(record_table(arm) for arm in evidence.arms),
+        *gates_and_tests[1:],
+        footing_table(evidence, curves, (BEST_ARM, PRESET_ARM)),
+        params_table(evidence),
+        stages_table(evidence),
+        bytes_table(evidence),
+        groups_table(evidence, sizes),
+        phases_table(evidence),
+        throughput_table(evidence),
+        trials_table(evidence),
+        attempts_table(evidence),
+        family_table(evidence, family),
+        lines_table(evidence),
+        repeat.table(home, evidence),
+    ]
+    return [table for table in found if table.rows]
+
+
+def sections(report: Report, plots: Sequence[Chart]) -> list[Section]:
+    """Gates and records first, then the plots with the tests, then every number behind them, and how to repeat it."""
+    titles = ("Gates", "Blocks", "Tests", "At equal steps and equal time")
+    records = [table for table in report.tables if table.summary_rows]
+    named = {table.title: table for table in report.tables if table.title in titles}
+    others = [table for table in report.tables if not table.summary_rows and table.title not in titles]
+    first = [chart for chart in plots if chart.name in EVIDENCE_FIRST]
+    last = [chart for chart in plots if chart.name not in EVIDENCE_FIRST]
+    gates, *tests = [named.get(title) for title in titles]
+    return [
+        *([gates] if gates else []), *records, *first, *(test for test in tests if test), *last, *others, report.repeat,
+    ]  # fmt: skip
 
 
 # ── the claim ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -192,24 +353,37 @@ def _footer(evidence: Evidence, folder: StudyDir) -> str:
 
 
 def render_text(report: Report) -> str:
-    """The record tables and the claim, for a terminal."""
+    """The record tables, the claim and its gates, for a terminal."""
     evidence = report.evidence
     parts = [as_text(record_table(arm, has_sources=False)) for arm in evidence.arms]
+    parts += [as_text(table) for table in report.tables if report.blocks and table.title == "Blocks"]
     if evidence.study.space:
         parts.append(as_text(params_table(evidence)))
-    return "\n\n".join([*parts, report.claim, *(f"warning: {weakness}" for weakness in report.weaknesses)])
+    gates = [f"{gate.state}: {gate.text}" for gate in gate_lines(report.comparison)]
+    warned = [f"warning: {weakness}" for weakness in report.weaknesses]
+    return "\n\n".join([*parts, report.claim, *(["\n".join(gates)] if gates else []), *warned])
 
 
 def render_markdown(report: Report) -> str:
     """The whole report without its plots."""
     evidence = report.evidence
     head = [f"# {evidence.study.name}", "", evidence.study.question, "", f"> {report.claim}", ""]
-    problems = [*(f"- {problem}" for problem in report.problems), ""] if report.problems else []
-    return "\n".join([*head, *problems, "\n\n".join(as_markdown(table) for table in tables(evidence)), ""])
+    gates = [f"- **{gate.state}** {gate.text}" for gate in gate_lines(report.comparison)]
+    problems = [f"- {problem}" for problem in report.problems]
+    lists = [line for found in (gates, problems) if found for line in (*found, "")]
+    bodies = [*map(as_markdown, report.tables), _listing_markdown(report.repeat)]
+    return "\n".join([*head, *lists, "\n\n".join(bodies), ""])
+
+
+def _listing_markdown(listing: Listing) -> str:
+    parts = [f"## {listing.title}"]
+    for sentence, text in listing.parts:
+        parts += [*([sentence] if sentence else []), *([f"```\n{text}\n```"] if text else [])]
+    return "\n\n".join(parts)
 
 
 def as_record(report: Report) -> dict[str, Any]:
-    """The report as plain JSON values, in full precision."""
+    """The report as plain JSON values, in full precision, with the line of every number that the record cites."""
     evidence = report.evidence
     return {
         "study": evidence.study.name,
@@ -218,12 +392,15 @@ def as_record(report: Report) -> dict[str, Any]:
         "objective": evidence.objective,
         "closed": evidence.state.closed,
         "claim": report.claim,
+        "blocks": interleave.as_record(report.blocks),
         "problems": list(report.problems),
         "std_convention": STD_CONVENTION,
         "confidence": CONFIDENCE,
         "improvement": dataclasses.asdict(evidence.improvement) if evidence.improvement else None,
         "paired_improvement": dataclasses.asdict(evidence.paired_improvement) if evidence.paired_improvement else None,
+        "comparison": compare.as_record(report.comparison) if report.comparison else None,
         "arms": [_arm_record(arm) for arm in evidence.arms],
+        "family": [_relative_record(run, evidence) for run in report.family],
         "trials": [
             {
                 **dataclasses.asdict(found.trial),
@@ -235,6 +412,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "attempts": [dataclasses.asdict(attempt) for attempt in evidence.attempts],
         "gpu_seconds": evidence.gpu_seconds,
         "cpu_run_seconds": evidence.cpu_run_seconds,
+        "repeat": [{"what": sentence, "text": text} for sentence, text in report.repeat.parts],
     }
 
 
@@ -244,20 +422,36 @@ def _arm_record(arm: ArmEvidence) -> dict[str, Any]:
     return {"arm": arm.name, "trial": arm.trial, "params": arm.params, "bpb": summaries, "runs": runs}
 
 
+def _relative_record(run: Relative, evidence: Evidence) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id, "family": run.family, "study": run.study, "seed": run.seed, "replicate": run.replicate,
+        "state": run.state, "attempts": run.attempts, "bpb": run.bpb(evidence.objective), "source": run.source,
+        "problem": run.problem,
+    }  # fmt: skip
+
+
 def _run_record(run: RunEvidence) -> dict[str, Any]:
     result = run.result
+    found = throughput(run)
     return {
         "seed": run.seed,
         "run_id": run.run_id,
         "state": run.state,
         "reason": run.reason,
         "source": run.source,
+        "lines": {name: run.lines[pointer] for name, pointer in CITED.items() if pointer in run.lines},
+        "pointers": {name: pointer for name, pointer in CITED.items() if pointer in run.lines},
         "verified": run.verified,
         "verification": run.verification,
         "audited": run.audited,
         "auditing": run.auditing,
         "steps": result.steps if result else None,
+        "tokens": result.tokens if result else None,
+        "train_seconds": result.train_seconds if result else None,
+        "ms_per_step": found.ms_per_step if found else None,
+        "tokens_per_second": found.tokens_per_second if found else None,
         "bpb": {stage: run.bpb(stage) for stage in protocol.STAGES},
+        "nats_per_token": {stage: _nats(run, stage) for stage in protocol.STAGES},
         "ttt_gain": run.ttt_gain,
         "quantization_gap": run.quantization_gap,
         "phases": result.phases if result else {},
@@ -266,3 +460,8 @@ def _run_record(run: RunEvidence) -> dict[str, Any]:
             for part in ("bundle", "model", "artifact", "cap")
         },
     }
+
+
+def _nats(run: RunEvidence, stage: str) -> float | None:
+    is_scored = run.bpb(stage) is not None and run.result is not None
+    return run.result.scores[stage].loss if is_scored and run.result else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from trainer.protocol import AttemptDir, Result, RunDir, Spec
 
 PLANNED, QUEUED, RUNNING = "planned", "queued", "running"
 """States of a run without a result; with one, the state is the result's status."""
+
+RESUMABLE = "runtime.resumable"
+"""Knob that a search sets for its trials: it decides how a run may be cut off, and nothing that the run computes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,21 @@ class RunStore:
         """Yield (offset after it, event) from byte `offset`; raises ProtocolError for a damaged line."""
         return protocol.read_lines(attempt.events, offset)
 
+    def curve(self, attempt: AttemptDir) -> Iterator[dict[str, Any]]:
+        """Yield an attempt's events, with the metrics of those that its training continues, up to where it took over.
+
+        Raises ProtocolError for a damaged line.
+        """
+        for _, event in self.events(attempt):
+            if event.get("kind") == protocol.CHECKPOINT and event.get("state") == protocol.RESTORED:
+                earlier = AttemptDir(attempt.root.with_name(event["attempts"][-1]))
+                yield from (
+                    before
+                    for before in self.curve(earlier)
+                    if before.get("kind") == protocol.METRIC and before["step"] <= event["step"]
+                )
+            yield event
+
     def deciding_attempt(self, run_id: str) -> AttemptDir | None:
         """The attempt whose curve and result stand for the run: the complete one, else the latest."""
         attempts = self.home.run(run_id).attempts()
@@ -106,6 +124,14 @@ class RunStore:
             if attempt.result.exists() and protocol.read_result(attempt.result).status == protocol.COMPLETE:
                 return attempt
         return attempts[-1] if attempts else None
+
+
+def without_resuming(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A spec's configuration without RESUMABLE, for comparisons of what runs compute."""
+    return {
+        section: {key: value for key, value in entries.items() if f"{section}.{key}" != RESUMABLE}
+        for section, entries in config.items()
+    }
 
 
 def find_run(home: Home, text: str) -> RunDir:

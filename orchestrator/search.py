@@ -7,13 +7,14 @@ every start, and nothing is decided from it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import math
 import statistics
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,9 @@ class Search:
         self.trials: dict[int, Trial] = {}
         """As the ledger has them."""
 
+        self.problem: str | None = None
+        """Why the journal does not show all of it; None where it does. The next start makes it anew."""
+
         self._view: optuna.Study | None = None
 
     def rebuild(self, state: StudyState) -> None:
@@ -219,11 +223,27 @@ class Search:
                 leftover.unlink()
         except OSError as error:
             raise storage_error(error, self.path) from error
-        backend = JournalFileBackend(str(self.path), lock_obj=JournalFileOpenLock(str(self.path)))
+        self._make_view()
+
+    def _make_view(self) -> None:
+        backend = JournalFileBackend(str(self.path), lock_obj=OnlyWriter(str(self.path)))
         self._view = optuna.create_study(
             study_name=self.study.name, storage=JournalStorage(backend), direction="minimize", load_if_exists=True
         )
-        self._view.add_trials([frozen(state.trials[n], self.space) for n in sorted(state.trials)])
+        self._view.add_trials([frozen(self.trials[n], self.space) for n in sorted(self.trials)])
+        self.problem = None
+
+    def _show(self, change: Callable[[optuna.Study], None]) -> None:
+        """Bring the journal up to date. Where it was lost or damaged under way it is made anew; no study stops for it."""
+        try:
+            if self._view is not None and self.path.exists():
+                change(self._view)
+                return
+            self._make_view()
+        except Exception as error:  # whatever a view raises: the ledger has it
+            self.problem, self._view = f"{self.path}: {type(error).__name__}: {error}", None
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
     def ask(self, number: int) -> dict[str, Any]:
         """The point of a new trial: the preset for number 0, else a proposal that repeats no trial, if there is one."""
@@ -239,7 +259,7 @@ class Search:
     def begin(self, trial: Trial) -> None:
         """Note a trial that the ledger holds by now."""
         self.trials[trial.number] = trial
-        self._journal.add_trial(frozen(trial, self.space))
+        self._show(lambda view: view.add_trial(frozen(trial, self.space)))
 
     def should_stop(self, number: int, per_mille: int, loss: float) -> bool:
         """Whether the running trial's training loss is worse than the median of the complete trials' at the same point."""
@@ -253,29 +273,40 @@ class Search:
     def tell(self, trial: Trial) -> None:
         """Note how a trial ended, as the ledger has it."""
         self.trials[trial.number] = trial
-        if not _is_inside(trial.params, self.space):
-            return
-        # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
-        view = optuna.trial.Trial(self._journal, self._journal.trials[trial.number]._trial_id)
-        for per_mille, loss in sorted(trial.intermediate.items()):
-            view.report(loss, per_mille)
-        view.set_user_attr(REASON, trial.reason)
-        state = OPTUNA_STATES[trial.state]
-        if state is not TrialState.COMPLETE:
-            self._journal.tell(trial.number, state=state)
-            return
-        for name, excess in trial.constraints.items():
-            view.set_constraint(name, excess)  # nothing can be attached once the trial is told
-        self._journal.tell(trial.number, values=trial.value, state=state)
+        if _is_inside(trial.params, self.space):
+            self._show(lambda view: _tell_view(view, trial))
 
     def importance(self) -> dict[str, float]:
         """See `knob_importance`."""
         return knob_importance(self.study, StudyState(trials=self.trials))
 
-    @property
-    def _journal(self) -> optuna.Study:
-        assert self._view is not None, "rebuild() comes first"
-        return self._view
+
+def _tell_view(study: optuna.Study, trial: Trial) -> None:
+    """How a trial of the journal ended."""
+    # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
+    view = optuna.trial.Trial(study, study.trials[trial.number]._trial_id)
+    for per_mille, loss in sorted(trial.intermediate.items()):
+        view.report(loss, per_mille)
+    view.set_user_attr(REASON, trial.reason)
+    state = OPTUNA_STATES[trial.state]
+    if state is not TrialState.COMPLETE:
+        study.tell(trial.number, state=state)
+        return
+    for name, excess in trial.constraints.items():
+        view.set_constraint(name, excess)  # nothing can be attached once the trial is told
+    study.tell(trial.number, values=trial.value, state=state)
+
+
+class OnlyWriter(JournalFileOpenLock):
+    """The journal's lock: none, because only the holder of the study's lock writes. A file that somebody left would hold
+    the study up for half a minute at each trial.
+    """
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return
 
 
 def _as_json(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,14 +25,24 @@ class JobResources:
     """Ids as CUDA_VISIBLE_DEVICES takes them; empty runs on the CPU."""
 
     processes: int = 1
-    """Processes of the run, under torchrun where more than one."""
+    """Processes of the run on each node, under torchrun where more than one in all."""
 
     timeout_seconds: float
+    nodes: int = 1
+    gpus_per_node: int = 0
+    """Where the scheduler chooses which; `gpus` is empty then."""
+
+    exclude: tuple[str, ...] = ()
+    """Nodes that it must not run on."""
+
+    @property
+    def gpu_count(self) -> int:
+        return len(self.gpus) or self.nodes * self.gpus_per_node
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> JobResources:
         """Read what a ledger or `job.json` says of a job."""
-        return cls(**{**record, "gpus": tuple(record["gpus"])})
+        return cls(**{**record, "gpus": tuple(record["gpus"]), "exclude": tuple(record.get("exclude", ()))})
 
 
 class Slots:

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
-from orchestrator.runs import RunStore, find_run
+from orchestrator.runs import RESUMABLE, RunStore, find_run
 from orchestrator.study import SCORING, load_preset
 from trainer.config import Config, from_mapping, knob_value, knobs
 from trainer.protocol import Spec, read_spec, sha256_of
@@ -46,8 +46,9 @@ def knobs_set(source: SourceRun) -> dict[str, Any]:
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:
-    """Knobs of `config` that `other` has otherwise."""
-    return {knob: value for knob in knobs() if (value := knob_value(config, knob)) != knob_value(other, knob)}
+    """Knobs of `config` that `other` has otherwise, but for what a search sets by itself."""
+    compared = [knob for knob in knobs() if knob != RESUMABLE]
+    return {knob: value for knob in compared if (value := knob_value(config, knob)) != knob_value(other, knob)}
 
 
 def require_scorable(source: SourceRun, config: Config, manifest_sha256: str) -> None:

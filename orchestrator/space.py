@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,12 @@ from typing import Any
 
 from orchestrator.errors import ConfigError
 from trainer.config import Config, knob_value, knobs, nearest, with_knobs
+
+GRID_TOLERANCE = 1e-9
+"""Share of a step by which a sum of steps may miss the upper bound, as 0.1 + 0.2 misses 0.3."""
+
+GRID_DIGITS = 12
+"""Decimals of a grid's values: 0.3, not 0.30000000000000004."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,19 @@ class Choice:
 
 
 Range = NumberRange | Choice
+
+
+def grid_values(knob_range: Range) -> tuple[Any, ...] | None:
+    """Every value of a knob that a grid has; None for one between whose bounds there are endlessly many."""
+    if isinstance(knob_range, Choice):
+        return knob_range.values
+    low, high, step = knob_range.low, knob_range.high, knob_range.step
+    if step is None and not knob_range.is_integer:
+        return None
+    step = 1 if step is None else step
+    count = math.floor((high - low) / step + GRID_TOLERANCE) + 1
+    values = [low + n * step for n in range(count)]
+    return tuple(map(int, values)) if knob_range.is_integer else tuple(round(value, GRID_DIGITS) for value in values)
 
 
 def parse_range(knob: str, table: Mapping[str, Any], config: Config) -> Range:

@@ -9,22 +9,29 @@ import re
 import tomllib
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import SHIPPED_STUDIES
-from orchestrator.space import Range, parse_range
-from trainer.config import Config, from_mapping, knob_value, nearest, with_knobs
-from trainer.protocol import POST_EMA, SLIDING, STAGES, TTT
+from orchestrator.measures import ARTIFACT_BYTES, EVAL_SECONDS, MEASURES, MINIMIZABLE, TRAIN_SECONDS
+from orchestrator.space import NumberRange, Range, grid_values, parse_range
+from trainer.config import Config, from_mapping, knob_value, nearest, to_mapping, with_knobs
+from trainer.protocol import POST_EMA, SLIDING, STAGES, TRAIN_LOSS, TTT, VAL_LOSS
 
 T = TypeVar("T")
 
-# Without "cmaes": its state lies in Optuna's storage alone, and would not survive the controller.
-SAMPLERS = ("tpe", "random", "qmc", "gp")
-LAUNCHERS = ("local",)
+STOP_METRICS = (TRAIN_LOSS, VAL_LOSS)
+SAMPLERS = ("tpe", "gp", "cmaes", "qmc", "random", "grid")
+EVOLUTION_KNOBS = 2  # fewest that evolution has a covariance of
+LOCAL, SLURM = LAUNCHERS = ("local", "slurm")
+LOCAL_TIMEOUT_MINUTES = 60.0
+# Beyond the budgets of training and evaluation: start, compilation, warm-up, quantisation, the evaluations whose score
+# does not count, and reading the model file again.
+SLURM_MARGIN_MINUTES = 25.0
 MAX_SEED = 2**63 - 1  # what torch and numpy both take
+NOT_ACCEPTED = "not_accepted"  # key of a preset's file: why its technique is not accepted in submissions
 SCORING = ("ttt.", "evaluation.")  # knobs that matter where a stored model is only scored
 
 
@@ -50,16 +57,36 @@ class SearchPlan:
     objective: str = TTT
     """Stage whose bits per byte is minimised; see trainer.protocol.STAGES."""
 
+    also_minimize: tuple[str, ...] = ()
+    """Quantities of MINIMIZABLE that are searched as objectives beside the score; the best trial stays that of the score."""
+
+
+MEDIAN_RULE, HALVING_RULE, DISASTERS_ONLY = STOP_RULES = ("median", "halving", "disasters")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StopEarlyPlan:
-    """When a running trial is given up: its training loss at a part of its schedule is above the median of the others'."""
+    """When a running trial is given up. A seed of a record never is."""
+
+    rule: str = MEDIAN_RULE
+    """`median`: its loss at a part of its schedule is above the median of the complete trials' there. `halving`: it is not
+    among the best share of all trials that got there (asynchronous successive halving). `disasters`: neither.
+    """
+
+    metric: str = TRAIN_LOSS
+    """Loss that is compared, one of STOP_METRICS."""
 
     at_fracs: tuple[float, ...] = (0.5,)
     """Fractions of the schedule at which the trial is compared: of its steps, or of its seconds, by schedule.clock."""
 
     startup_trials: int = 4
-    """Finished trials before any is stopped."""
+    """Trials to compare with, before any is stopped."""
+
+    reduction: int = 3
+    """Of the trials that get to a point, halving lets about one in so many go on."""
+
+    min_throughput: float = 0.25
+    """Share of the complete trials' median tokens per second below which a trial is given up, by any rule; 0 for never."""
 
     @property
     def per_milles(self) -> tuple[int, ...]:
@@ -72,17 +99,94 @@ class ConfirmPlan:
     """Seeds on which the best point and the unchanged preset are run at the end."""
 
     seeds: tuple[int, ...] = (42, 314, 999)
+    """With `sequential` those that may be run, in this order."""
+
+    sequential: bool = False
+    """Whether seeds are added only for as long as it is open whether the best point is better."""
+
+    first: int = 2
+    """Seeds of the first look."""
+
+    step: int = 1
+    """Seeds that are added between two looks."""
+
+    alpha: float = 0.05
+    """Most that the chance of a wrong "better" may be over all looks together, and that of a wrong "not better"."""
+
+    margin: float = 0.0
+    """Bits per byte by more than which the best point must be better."""
+
+    against: str = ""
+    """What it must beat, as `caddie compare` takes it: a published record, a number; empty for the preset, run beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan:
+    """What the study may take. 0 leaves a cap out."""
+
+    gpu_hours: float = 0.0
+    """Cap of this study."""
+
+    gpu_hours_per_day: float = 0.0
+    """Cap of a day, by UTC, over every study of this CADDIE_HOME."""
+
+    price_per_gpu_hour: float = 0.0
+    """In whatever money the caps of money are; 0 where it is not known."""
+
+    cost: float = 0.0
+    """Cap of this study, in money."""
+
+    cost_per_day: float = 0.0
+    """Cap of a day over every study, in money."""
+
+    @property
+    def study_cap_seconds(self) -> float:
+        """GPU-seconds that the study may take; infinite without a cap."""
+        return self._cap(self.gpu_hours, self.cost)
+
+    @property
+    def day_cap_seconds(self) -> float:
+        """GPU-seconds that all studies may take on one day; infinite without a cap."""
+        return self._cap(self.gpu_hours_per_day, self.cost_per_day)
+
+    def _cap(self, hours: float, money: float) -> float:
+        caps = [hours] if hours else []
+        caps += [money / self.price_per_gpu_hour] if money else []
+        return 3600 * min(caps, default=math.inf)
+
+
+EQUAL, MEDIAN = THROUGHPUTS = ("equal", "median")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterleavePlan:
+    """A candidate that is run beside the preset, seed by seed, one run at a time on one node."""
+
+    against: str = ""
+    """The candidate's preset; empty for the study's own."""
+
+    set: dict[str, Any] = field(default_factory=dict)
+    """Knobs of the candidate alone."""
+
+    max_gap: float = 0.02
+    """Share by which the steps per second of a block's two runs may differ; a block that differs more does not count."""
+
+    throughput: str = EQUAL
+    """What they are compared with: `equal`, one another; `median`, the ratio that the candidate has in the median block,
+    for one that is slower or faster by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What a run takes and where it runs."""
 
-    launcher: str = "local"
-    """`local`: this machine, through submitit's local executor."""
+    launcher: str = LOCAL
+    """`local`: this machine. `slurm`: a job of the cluster for each run. Both through submitit."""
 
     slots: int = 2
-    """Runs at a time on a machine without GPUs; with GPUs it is the number of GPUs over `gpus_per_run`."""
+    """Runs at a time on a machine without GPUs; with GPUs it is their number over `gpus_per_run`; in Slurm jobs at a time,
+    waiting ones counted.
+    """
 
     gpus_per_run: int = 0
     """GPUs of one run, each with one process under torchrun; 0 runs on the CPU."""
@@ -90,11 +194,61 @@ class Resources:
     processes_per_run: int = 1
     """Processes of one run on the CPU, under torchrun where more than one."""
 
-    timeout_minutes: float = 60.0
-    """Wall-clock after which an attempt is ended from outside."""
+    timeout_minutes: float = 0.0
+    """Wall-clock after which an attempt is ended from outside, counted from its beginning. 0: an hour on this machine; in
+    Slurm the budgets of training and evaluation and a margin, so that the time limit is no longer than it must be.
+    """
+
+    nodes: int = 1
+    """Nodes of one run; torchrun joins them."""
+
+    gpus_per_node: int = 0
+    """The same as `gpus_per_run`, by node; either may be given."""
+
+    partition: str = ""
+    """Slurm's partition; like the others below, empty leaves it to the cluster."""
+
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    """Features that a node must have."""
+
+    comment: str = ""
+    exclusive: bool = False
+    """Whether a run shares its nodes with no other job."""
+
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Further options of sbatch by their long names: `{mem = "0", cpus-per-task = 64}`; true for one without a value."""
+
+    setup: tuple[str, ...] = ()
+    """Lines of shell that a job runs first: `module load cuda`, say."""
+
+    python: str = ""
+    """Interpreter of the trainer on the nodes; empty for the controller's own."""
 
     max_attempts: int = 3
-    """Attempts of a run whose failures were the machine's."""
+    """Attempts of a run whose failures were the machine's; being pre-empted is none."""
+
+    preflight: bool = True
+    """Whether each node is checked before a run begins on it: disk, data, GPUs, their links, the speed of the first steps."""
+
+    gpu_model: str = ""
+    """Part of the name that each GPU must have, `H100` say; empty for any."""
+
+    gpu_memory_gib: float = 0.0
+    """Memory that each GPU must have."""
+
+    @property
+    def gpus_of_run(self) -> int:
+        return self.gpus_per_run or self.nodes * self.gpus_per_node
+
+    @property
+    def gpus_of_node(self) -> int:
+        return self.gpus_of_run // self.nodes
+
+    @property
+    def processes_per_node(self) -> int:
+        return self.gpus_of_node or self.processes_per_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +275,45 @@ class Study:
     from_run: str = ""
     """Run whose stored model every run of the study scores again; empty where they train."""
 
+    constraints: dict[str, float] = field(default_factory=dict)
+    """The study's own limits on MEASURES, beside or below those of the configuration."""
+
+    budget: BudgetPlan = BudgetPlan()
+    interleave: InterleavePlan | None = None
+    candidate: Config | None = None
+    """Configuration that is run beside the preset's, where the study is interleaved."""
+
+    @property
+    def candidate_params(self) -> dict[str, Any]:
+        """The candidate as knobs that differ from the preset's; empty where the study is not interleaved."""
+        if self.candidate is None:
+            return {}
+        before, after = to_mapping(self.config), to_mapping(self.candidate)
+        return {
+            f"{section}.{key}": value
+            for section, entries in after.items()
+            for key, value in entries.items()
+            if before[section][key] != value
+        }
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What a trial must keep to be feasible, by measure."""
+        limits = self.config.limits
+        own = {
+            ARTIFACT_BYTES: float(limits.artifact_bytes), TRAIN_SECONDS: limits.train_seconds,
+            EVAL_SECONDS: limits.eval_seconds,
+        }  # fmt: skip
+        return {**own, **self.constraints}
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Names of what the search minimises, the score's stage first."""
+        return (self.search.objective, *self.search.also_minimize)
 
     def config_of(self, params: Mapping[str, Any]) -> Config:
         """The configuration of one point of the space; raises ConfigError."""
@@ -132,6 +322,16 @@ class Study:
     def preset_params(self) -> dict[str, Any]:
         """The point that is the unchanged preset."""
         return {knob: knob_value(self.config, knob) for knob in self.space}
+
+    @property
+    def timeout_minutes(self) -> float:
+        """Wall-clock of one attempt, from its beginning."""
+        if self.resources.timeout_minutes:
+            return self.resources.timeout_minutes
+        if self.resources.launcher == LOCAL:
+            return LOCAL_TIMEOUT_MINUTES
+        limits = self.config.limits
+        return math.ceil((limits.train_seconds + limits.eval_seconds) / 60) + SLURM_MARGIN_MINUTES
 
     def warnings(self) -> list[str]:
         """What can be run but weakens the result."""
@@ -155,7 +355,7 @@ def _table(cls: type[Any], values: Any, place: str) -> Any:
         if key not in hints:
             raise ConfigError(f"{place} has no key {key!r}", hint=nearest(key, hints))
     for f in fields(cls):
-        if f.default is MISSING and f.name not in values:
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values:
             raise ConfigError(f"{place} needs {f.name}")
     return cls(**{key: _typed(value, hints[key], f"{place} {key}") for key, value in values.items()})
 
@@ -168,6 +368,10 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
         if len(set(items)) < len(items):
             raise ConfigError(f"{place} names a value twice: {value}")
         return items
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(item, (str, int, float)) for item in value.values()):
+            raise ConfigError(f"{place} must be a table of texts and numbers, got {value!r}")
+        return dict(value)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -197,9 +401,11 @@ def _check(study: Study) -> None:
         ("[search] sampler", search.sampler, SAMPLERS),
         ("[search] objective", search.objective, STAGES),
         ("[resources] launcher", resources.launcher, LAUNCHERS),
+        *(("[search] also_minimize", name, MINIMIZABLE) for name in search.also_minimize),
     ):
         if value not in known:
             raise ConfigError(f"{place} must be one of {', '.join(known)}, got {value!r}", hint=nearest(value, known))
+    _check_sampler(study)
     if search.objective == TTT and study.config.ttt.method == "off":
         raise ConfigError('[search] objective is "ttt", but ttt.method is "off"', hint='take objective = "sliding"')
     for place, seeds in (("[search]", search.seeds), ("[confirm]", study.confirm.seeds if study.confirm else ())):
@@ -207,19 +413,178 @@ def _check(study: Study) -> None:
             _require(0 <= seed <= MAX_SEED, f"{place} seeds must lie between 0 and {MAX_SEED}", seed)
     if study.from_run:
         _check_scoring(study)
+    if study.interleave:
+        _check_interleaving(study, study.interleave)
     if study.stop_early:
-        _require(
-            study.stop_early.startup_trials >= 1,
-            "[stop_early] startup_trials must be at least 1",
-            study.stop_early.startup_trials,
+        _check_stopping(study.stop_early)
+    if study.confirm:
+        _check_confirmation(study, study.confirm)
+    _check_budget(study.budget)
+    _check_resources(resources)
+
+
+def _check_sampler(study: Study) -> None:
+    """The rules of samplers that cannot search every space."""
+    search, space = study.search, study.space
+    numbers = [knob for knob, knob_range in space.items() if isinstance(knob_range, NumberRange)]
+    if search.sampler == "cmaes" and space:
+        _require(not search.also_minimize, '[search] sampler "cmaes" has one objective, also_minimize', search.also_minimize)
+        for knob in space:
+            if knob not in numbers:
+                raise ConfigError(
+                    f'[space."{knob}"] choices have no direction in which sampler = "cmaes" could go',
+                    hint='give low and high, or take sampler = "tpe"',
+                )
+        _require(len(space) >= EVOLUTION_KNOBS, f'[search] sampler "cmaes" needs {EVOLUTION_KNOBS} knobs', len(space))
+    if search.sampler == "grid" and space:
+        for knob in numbers:
+            if grid_values(space[knob]) is None:
+                raise ConfigError(
+                    f'[space."{knob}"] sampler = "grid" needs a step', hint="add step = ..., or give choices = [...]"
+                )
+        points = math.prod(len(grid_values(knob_range) or ()) for knob_range in space.values())
+        if search.trials > points + 1:
+            raise ConfigError(
+                f"[search] trials must be at most {points + 1}, the grid's {points} points and the preset; "
+                f"got {search.trials}",
+                hint=f"trials = {points + 1}",
+            )
+
+
+def _check_stopping(plan: StopEarlyPlan) -> None:
+    """The rules of early stopping."""
+    for place, value, known in (("rule", plan.rule, STOP_RULES), ("metric", plan.metric, STOP_METRICS)):
+        if value not in known:
+            raise ConfigError(
+                f"[stop_early] {place} must be one of {', '.join(known)}, got {value!r}", hint=nearest(value, known)
+            )
+    _require(plan.startup_trials >= 1, "[stop_early] startup_trials must be at least 1", plan.startup_trials)
+    _require(plan.reduction >= 2, "[stop_early] reduction must be at least 2", plan.reduction)
+    _require(0 <= plan.min_throughput < 1, "[stop_early] min_throughput must lie between 0 and 1", plan.min_throughput)
+    for frac in plan.at_fracs:
+        _require(0.001 <= frac <= 0.999, "[stop_early] at_fracs must lie between 0.001 and 0.999", frac)
+
+
+def _check_confirmation(study: Study, plan: ConfirmPlan) -> None:
+    """The rules of a race to a verdict."""
+    place = "[confirm]"
+    if not plan.sequential:
+        for f in fields(ConfirmPlan):
+            if f.name != "seeds" and getattr(plan, f.name) != f.default:
+                raise ConfigError(f"{place} {f.name} goes with sequential = true", hint="add sequential = true")
+        return
+    _require(2 <= plan.first <= len(plan.seeds), f"{place} first must lie between 2 and the number of seeds", plan.first)
+    _require(plan.step >= 1, f"{place} step must be at least 1", plan.step)
+    _require(0 < plan.alpha < 0.5, f"{place} alpha must lie between 0 and 0.5", plan.alpha)
+    _require(plan.margin >= 0, f"{place} margin must not be negative", plan.margin)
+    if not study.space and not plan.against:
+        raise ConfigError(
+            f"{place} sequential needs two arms, and nothing is searched",
+            hint='add against = "pr1493", or leave sequential out',
         )
-        for frac in study.stop_early.at_fracs:
-            _require(0.001 <= frac <= 0.999, "[stop_early] at_fracs must lie between 0.001 and 0.999", frac)
-    for name, low in (("slots", 1), ("gpus_per_run", 0), ("processes_per_run", 1), ("max_attempts", 1)):
+    _require(study.interleave is None, f"{place} sequential does not go with [interleave]", plan.sequential)
+
+
+def _check_budget(plan: BudgetPlan) -> None:
+    """The rules of what may be spent."""
+    for f in fields(BudgetPlan):
+        _require(getattr(plan, f.name) >= 0, f"[budget] {f.name} must not be negative", getattr(plan, f.name))
+    if (plan.cost or plan.cost_per_day) and not plan.price_per_gpu_hour:
+        raise ConfigError("[budget] a cap in money needs a price", hint="add price_per_gpu_hour = ...")
+
+
+def _constraints(table: Any) -> dict[str, float]:
+    """The table [constraints]; raises ConfigError."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"[constraints] must be a table of limits, got {table!r}")
+    for name, limit in table.items():
+        if name not in MEASURES:
+            raise ConfigError(f"[constraints] has no key {name!r}", hint=nearest(name, MEASURES))
+        if type(limit) not in (int, float) or not math.isfinite(limit) or limit <= 0:
+            raise ConfigError(f"[constraints] {name} must be a number above 0, got {limit!r}")
+    return {name: float(limit) for name, limit in table.items()}
+
+
+# Options of sbatch that have a key of their own, and those that would break what the launcher relies on.
+OWN_KEYS = {
+    "nodes": "nodes", "gpus-per-node": "gpus_per_node", "gpus": "gpus_per_run", "partition": "partition", "account": "account",
+    "qos": "qos", "constraint": "constraint", "comment": "comment", "exclusive": "exclusive", "time": "timeout_minutes",
+}  # fmt: skip
+RESERVED = (
+    "array", "dependency", "error", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable",
+    "requeue", "signal", "test-only", "wait", "wrap",
+)  # fmt: skip
+
+
+def _check_resources(resources: Resources) -> None:
+    """The rules of the table that says where runs go."""
+    lows = {"slots": 1, "gpus_per_run": 0, "processes_per_run": 1, "max_attempts": 1, "nodes": 1, "gpus_per_node": 0}
+    for name, low in lows.items():
         _require(
             getattr(resources, name) >= low, f"[resources] {name} must be at least {low}", getattr(resources, name)
         )
-    _require(resources.timeout_minutes > 0, "[resources] timeout_minutes must be above 0", resources.timeout_minutes)
+    _require(
+        resources.timeout_minutes >= 0, "[resources] timeout_minutes must not be negative", resources.timeout_minutes
+    )
+    if resources.launcher == LOCAL:
+        for f in fields(Resources):
+            if f.name in SLURM_ONLY and getattr(resources, f.name) not in (f.default, {}):
+                raise ConfigError(
+                    f'[resources] {f.name} is for launcher = "slurm", got {getattr(resources, f.name)!r} with "local"',
+                    hint='add launcher = "slurm", or leave it out',
+                )
+    product = resources.nodes * resources.gpus_per_node
+    if resources.gpus_per_run and resources.gpus_per_node and resources.gpus_per_run != product:
+        raise ConfigError(
+            f"[resources] gpus_per_run must be nodes × gpus_per_node = {product}, got {resources.gpus_per_run}",
+            hint="leave one of the two out",
+        )
+    _require(
+        resources.gpus_of_run % resources.nodes == 0,
+        f"[resources] gpus_per_run must be a multiple of nodes = {resources.nodes}", resources.gpus_per_run,
+    )  # fmt: skip
+    for option in resources.sbatch:
+        if option in OWN_KEYS:
+            raise ConfigError(f"[resources] sbatch.{option} has a key of its own", hint=f"{OWN_KEYS[option]} = ...")
+        if option in RESERVED or not re.fullmatch(r"[a-z][a-z0-9-]+", option):
+            raise ConfigError(
+                f"[resources] sbatch.{option}: this option must be left to caddie, or is not the long name of one",
+                hint='long names without dashes before them, as in sbatch = { mem = "0", reservation = "golf" }',
+            )
+
+
+SLURM_ONLY = frozenset(
+    {
+        "nodes",
+        "gpus_per_node",
+        "partition",
+        "account",
+        "qos",
+        "constraint",
+        "comment",
+        "exclusive",
+        "sbatch",
+        "setup",
+        "python",
+    }
+)
+
+
+def _check_interleaving(study: Study, plan: InterleavePlan) -> None:
+    """The rules of a comparison on one node."""
+    _require(not study.space and not study.from_run, "[interleave] goes with [confirm] alone, without a search", study.space)
+    _require(0 < plan.max_gap < 1, "[interleave] max_gap must lie between 0 and 1", plan.max_gap)
+    if plan.throughput not in THROUGHPUTS:
+        raise ConfigError(
+            f"[interleave] throughput must be one of {', '.join(THROUGHPUTS)}, got {plan.throughput!r}",
+            hint=nearest(plan.throughput, THROUGHPUTS),
+        )
+    _require(study.resources.nodes == 1, "[interleave] needs runs on one node, [resources] nodes", study.resources.nodes)
+    if not study.candidate_params:
+        raise ConfigError(
+            f"[interleave] the candidate is the preset itself: {plan.against or study.preset}",
+            hint="name another preset with against, or change a knob with set",
+        )
 
 
 def _check_scoring(study: Study) -> None:
@@ -237,19 +602,34 @@ def _check_scoring(study: Study) -> None:
 
 def load_preset(name: str) -> Config:
     """The configuration of a preset: a shipped name, or the path of a TOML file. Raises ConfigError with its place."""
+    path, tables = _preset(name)
+    return _at(path, lambda: from_mapping({key: table for key, table in tables.items() if key != NOT_ACCEPTED}))
+
+
+def not_accepted(preset: str) -> str:
+    """Why a preset's technique is not accepted in submissions, as its file says; empty where it says nothing of it.
+
+    Raises ConfigError where there is no such preset.
+    """
+    return str(_preset(preset)[1].get(NOT_ACCEPTED, ""))
+
+
+def _preset(name: str) -> tuple[Path, dict[str, Any]]:
+    """A preset's file and its tables."""
     presets = SHIPPED_STUDIES / "presets"
     path = Path(name) if name.endswith(".toml") else presets / f"{name}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in presets.glob("*.toml"))
         raise ConfigError(f"there is no preset {name!r}", hint=nearest(Path(name).stem, known))
-    return _at(path, lambda: from_mapping(_parse_toml(_text_of(path))))
+    return path, _at(path, lambda: _parse_toml(_text_of(path)))
 
 
 def parse_study(text: str) -> Study:
     """Read and check a study's text; raises ConfigError that names the table, the value and the rule."""
     tables = _parse_toml(text)
     known = (
-        "name", "question", "preset", "data", "from", "set", "space", "search", "stop_early", "confirm", "resources",
+        "name", "question", "preset", "data", "from", "set", "space", "search", "constraints", "stop_early", "confirm",
+        "interleave", "budget", "resources",
     )  # fmt: skip
     for key in tables:
         if key not in known:
@@ -268,8 +648,11 @@ def parse_study(text: str) -> Study:
                 hint="[space] and [search] together, or [confirm] alone for a record attempt",
             )
     config = with_knobs(load_preset(tables["preset"]), tables.get("set", {}))
+    plan = _table(InterleavePlan, tables["interleave"], "[interleave]") if "interleave" in tables else None
+    candidate = _candidate(plan, tables) if plan else None
     if is_record:
-        tables |= {"space": {}, "search": {"trials": 0, "objective": SLIDING if config.ttt.method == "off" else TTT}}
+        learns = all(found.ttt.method != "off" for found in (config, candidate) if found is not None)
+        tables |= {"space": {}, "search": {"trials": 0, "objective": TTT if learns else SLIDING}}
     study = Study(
         name=tables["name"], question=tables["question"], preset=tables["preset"], config=config, data=tables["data"],
         space={knob: parse_range(knob, table, config) for knob, table in tables["space"].items()},
@@ -277,10 +660,18 @@ def parse_study(text: str) -> Study:
         stop_early=_table(StopEarlyPlan, tables["stop_early"], "[stop_early]") if "stop_early" in tables else None,
         confirm=_table(ConfirmPlan, tables["confirm"], "[confirm]") if "confirm" in tables else None,
         resources=_table(Resources, tables.get("resources", {}), "[resources]"), source=text,
-        from_run=tables.get("from", ""),
+        from_run=tables.get("from", ""), interleave=plan, candidate=candidate,
+        constraints=_constraints(tables.get("constraints", {})),
+        budget=_table(BudgetPlan, tables.get("budget", {}), "[budget]"),
     )  # fmt: skip
     _check(study)
     return study
+
+
+def _candidate(plan: InterleavePlan, tables: Mapping[str, Any]) -> Config:
+    """The candidate's configuration; raises ConfigError."""
+    config = load_preset(plan.against or tables["preset"])
+    return with_knobs(with_knobs(config, tables.get("set", {})), plan.set)
 
 
 def record_study(
@@ -292,30 +683,47 @@ def record_study(
     resources: Mapping[str, Any] | None = None,
     name: str | None = None,
     from_run: str = "",
+    interleave: Mapping[str, Any] | None = None,
 ) -> Study:
     """A record attempt: one configuration on the given seeds, as a study without a search. Raises ConfigError.
+
+    `interleave` holds the entries of that table: a candidate is then run beside it.
 
     With `from_run` its stored model is scored again, and nothing is trained. The study's name, where none is given, follows from what is asked, so that the same command continues the same attempt.
     """
     asked = [preset, data, sorted(seeds), {knob: repr(value) for knob, value in sorted(knobs.items())}]
-    digest = hashlib.sha256(json.dumps([*asked, *([from_run] if from_run else [])]).encode()).hexdigest()[:8]
+    asked += [extra for extra in (from_run, interleave) if extra]
+    digest = hashlib.sha256(json.dumps(asked, default=repr).encode()).hexdigest()[:8]
     stem = re.sub(r"[^a-z0-9._-]", "-", Path(preset).stem.lower()).lstrip("._-") or "record"
     tables: dict[str, Any] = {
         "name": name or f"record-{stem}-{digest}",
-        "question": f"What does {f'run {from_run}' if from_run else preset} score on seeds {', '.join(map(str, seeds))}?",
+        "question": _record_question(preset, seeds, from_run, interleave or {}),
         "preset": preset,
         "data": data,
         **({"from": from_run} if from_run else {}),
     }
     lines = [f"{key} = {_as_toml(value)}" for key, value in tables.items()]
-    for table, entries in (("set", knobs), ("confirm", {"seeds": seeds}), ("resources", resources or {})):
+    entries: Mapping[str, Any]
+    for table, entries in (
+        ("set", knobs), ("confirm", {"seeds": seeds}), ("interleave", interleave or {}), ("resources", resources or {}),
+    ):  # fmt: skip
         if entries:
             lines += ["", f"[{table}]", *(f"{_as_toml(key)} = {_as_toml(value)}" for key, value in entries.items())]
     return parse_study("\n".join(lines) + "\n")
 
 
+def _record_question(preset: str, seeds: tuple[int, ...], from_run: str, interleave: Mapping[str, Any]) -> str:
+    on = f"on seeds {', '.join(map(str, seeds))}"
+    if not interleave:
+        return f"What does {f'run {from_run}' if from_run else preset} score {on}?"
+    candidate = interleave.get("against") or f"{preset} with {', '.join(interleave.get('set', {}))} changed"
+    return f"Does {candidate} score better than {preset} {on}, by turns on one node?"
+
+
 def _as_toml(value: Any) -> str:
     """A value as TOML writes it; the escapes of its strings are JSON's."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_as_toml(key)} = {_as_toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_as_toml(item) for item in value) + "]"
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -6,6 +6,7 @@ directories do not say; so the controller may be killed at any moment, and the s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import time
@@ -23,15 +24,23 @@ from orchestrator.identity import identity_of, require_same
 from orchestrator.interrupts import Interrupts
 from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
 from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
-from orchestrator.runs import RunRequest, RunStore, run_id_of
+from orchestrator.runs import RESUMABLE, RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
 from orchestrator.source_run import SourceRun
 from orchestrator.study import Study
 from orchestrator.verdict import Verdict
 from trainer import protocol
+from trainer.config import Config, with_knobs
 from trainer.protocol import RunDir
 
 POLL_SECONDS = 0.2
+LEAVE_SECONDS = 5.0  # for the mirror, where a signal says that time is short: a scheduler kills half a minute after it
+PASSING = frozenset(
+    {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENOTCONN, errno.EAGAIN}
+)
+"""What a file server says that is being restarted or moved: the same file can be reached again in a while."""
+
+PAUSES_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)  # before each further try; then the controller leaves
 SHOW_SECONDS = 1.0  # between two refreshes of progress and mirror while no decision is made
 SAME_FAILURES = 3  # so many first trials that all fail in the same way are the study's failure, not the trials'
 
@@ -57,6 +66,7 @@ class Controller:
         slots: Slots | None = None,
         source: SourceRun | None = None,
         poll_seconds: float = POLL_SECONDS,
+        patience_seconds: float = 0.0,
     ) -> None:
         self.study = study
         self.home = home
@@ -69,14 +79,16 @@ class Controller:
         self.progress = progress
         self.mirror = mirror
         self.poll_seconds = poll_seconds
+        self.patience_seconds = patience_seconds
+        """How long another controller of the study is waited for."""
+
         resources = study.resources
         self.slots = slots or machine_slots(slots=resources.slots, gpus_per_run=resources.gpus_per_run)
+        self.launcher = launcher
         self.store = RunStore(home)
         self.files = home.study(study.name)
         self.ledger = OpenLedger(self.files.ledger)
-        self.attempts = Attempts(
-            study, home, ledger=self.ledger, launcher=launcher, slots=self.slots, progress=progress
-        )
+        self.attempts = self._fresh_attempts()
         self.backlog = Backlog(study, ledger=self.ledger, attempts=self.attempts)
         self.early_stopping = EarlyStopping(study, home, search=search, progress=progress)
         self.interrupts = Interrupts()
@@ -100,21 +112,71 @@ class Controller:
         """Bring the study to its end and return its state.
 
         Raises StudyBusy, ConfigError where the question was changed, StudyFailed where nothing can come of it,
-        Interrupted on a first SIGINT or SIGTERM (jobs go on), StorageError (jobs go on, and the same command goes on
-        once there is room), DataError (likewise), ProtocolError, MachineError.
+        Interrupted on a first SIGINT, SIGTERM or SIGHUP (jobs go on), StorageError (jobs go on, and the same command
+        goes on once there is room), DataError (likewise), ProtocolError, MachineError.
         """
         self.home.require_writable()
         try:
-            with lock.held(self.files.lock), self.interrupts.noted():
-                self._open()
-                self._loop()
+            with lock.held(self.files, patience=self.patience_seconds) as lease, self.interrupts.noted():
+                self.ledger.guard = lease.require
+                self._forget_stop()
+                self._work()
         finally:
             self.progress.close()
-            self.mirror.close()
+            if self.interrupts.by is None:
+                self.mirror.close()
+            else:
+                self.mirror.close(LEAVE_SECONDS)
         return self.state
+
+    def _forget_stop(self) -> None:
+        """Remove a stop that was meant for an earlier controller: before anything that takes time. Raises StorageError."""
+        try:
+            self.files.stop.unlink(missing_ok=True)
+        except OSError as error:
+            raise protocol.storage_error(error, self.files.stop) from error
+
+    def _work(self) -> None:
+        """Open the study and work on it; begin again, as after a restart, where files could not be reached for a while."""
+        tries, decisions = 0, 0
+        while True:
+            try:
+                self._open()
+                return self._loop()
+            except (OSError, StorageError) as error:
+                cause = error if isinstance(error, OSError) else error.__cause__
+                if not isinstance(cause, OSError) or isinstance(cause, BrokenPipeError):
+                    raise
+                tries = 0 if self.ledger.decisions > decisions else tries
+                if cause.errno not in PASSING or tries == len(PAUSES_SECONDS):
+                    raise _as_storage_error(error, self.files.root) from cause
+                self.progress.note(f"files cannot be reached ({error}); tried again in {PAUSES_SECONDS[tries]:g} s")
+                self._pause(PAUSES_SECONDS[tries])
+                tries, decisions = tries + 1, self.ledger.decisions
+                self._forget()
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but not on against a signal."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and self.interrupts.by is None:
+            time.sleep(min(POLL_SECONDS, seconds))
+        self._leave_if_interrupted()
+
+    def _forget(self) -> None:
+        """Drop all that follows from ledger and run directories: it may be half of what was meant."""
+        self.slots.held.clear()
+        self.attempts = self._fresh_attempts()
+        self.backlog = Backlog(self.study, ledger=self.ledger, attempts=self.attempts)
+        self.early_stopping = EarlyStopping(self.study, self.home, search=self.search, progress=self.progress)
+
+    def _fresh_attempts(self) -> Attempts:
+        return Attempts(
+            self.study, self.home, ledger=self.ledger, launcher=self.launcher, slots=self.slots, progress=self.progress
+        )
 
     def _loop(self) -> None:
         while True:
+            self.ledger.guard()
             self._leave_to_mend(self.attempts.observe())
             self._stop_early()
             self._tell()
@@ -155,7 +217,6 @@ class Controller:
         if self.source:
             identity["source"] = self.source.artifact_sha256[:16]
         require_same(self.study.name, self.state, identity)
-        self.files.stop.unlink(missing_ok=True)  # it was meant for an earlier controller
         is_same = (self.state.source, self.state.identity) == (self.study.source, identity)
         if not is_same or self.state.closed not in (None, ledger.FINISHED):
             self.ledger.decide(
@@ -207,22 +268,29 @@ class Controller:
 
     # ------------------------------------------------------------------------------------------------ runs
 
-    def _request(self, params: Mapping[str, Any], seed: int, *, trial: int | None) -> RunRequest:
+    def _config(self, params: Mapping[str, Any], *, is_searched: bool) -> Config:
+        """Of a trial's runs or of an arm's: a trial may go on from a checkpoint, a record is made in one go."""
+        config = self.study.config_of(params)
+        return with_knobs(config, {RESUMABLE: is_searched and self.source is None})
+
+    def _request(self, params: Mapping[str, Any], seed: int, *, trial: int | None, is_searched: bool) -> RunRequest:
         return RunRequest(
-            preset=self.study.preset, config=self.study.config_of(params), seed=seed, data_dir=str(self.data_dir),
+            preset=self.study.preset, config=self._config(params, is_searched=is_searched), seed=seed, data_dir=str(self.data_dir),
             manifest_sha256=self.manifest_sha256, study=self.study.name, trial=trial,
             source=self.source.spec.run_id if self.source else "",
             source_sha256=self.source.artifact_sha256 if self.source else "",
         )  # fmt: skip
 
-    def _runs_of(self, params: Mapping[str, Any], seeds: tuple[int, ...]) -> dict[int, str]:
+    def _runs_of(self, params: Mapping[str, Any], seeds: tuple[int, ...], *, is_searched: bool) -> dict[int, str]:
         """Run id by seed."""
-        bundle_sha256 = hashlib.sha256(self.pack(self.study.config_of(params))).hexdigest()
-        return {seed: run_id_of(self._request(params, seed, trial=None), bundle_sha256) for seed in seeds}
+        bundle_sha256 = hashlib.sha256(self.pack(self._config(params, is_searched=is_searched))).hexdigest()
+        requests = {seed: self._request(params, seed, trial=None, is_searched=is_searched) for seed in seeds}
+        return {seed: run_id_of(request, bundle_sha256) for seed, request in requests.items()}
 
     def _plan(self, owner: Trial | Arm, seed: int) -> RunDir:
+        is_searched = isinstance(owner, Trial)
         trial = owner.number if isinstance(owner, Trial) else owner.trial
-        request = self._request(owner.params, seed, trial=trial)
+        request = self._request(owner.params, seed, trial=trial, is_searched=is_searched)
         return self.store.plan(request, bundle=self.pack(request.config), code=self.code)
 
     def _refill(self) -> None:
@@ -260,7 +328,7 @@ class Controller:
 
     def _ask_trial(self, number: int) -> None:
         params = self.search.ask(number)
-        runs = {} if self._refusal(params) else self._runs_of(params, self.study.search.seeds)
+        runs = {} if self._refusal(params) else self._runs_of(params, self.study.search.seeds, is_searched=True)
         origin = ledger.BY_SAMPLER if number else ledger.BY_PRESET
         self.ledger.decide(ledger.TRIAL_ASKED, trial=number, origin=origin, params=params, runs=runs)
         trial = self.state.trials[number]
@@ -282,7 +350,7 @@ class Controller:
             return False
         asked = False
         for name, (trial, params) in self._arms().items():
-            runs = self._runs_of(params, self.study.confirm.seeds)
+            runs = self._runs_of(params, self.study.confirm.seeds, is_searched=False)
             known = self.state.arms.get(name)
             if known is None or known.runs != runs:
                 self.ledger.decide(ledger.ARM_ASKED, arm=name, trial=trial, params=params, runs=runs)
@@ -292,7 +360,9 @@ class Controller:
         return asked
 
     def _arms(self) -> dict[str, tuple[int, dict[str, Any]]]:
-        """(trial, params) by arm: the unchanged preset, and the best point where it is another."""
+        """(trial, params) by arm: the unchanged preset, and the best point where it is another, or the candidate."""
+        if self.study.candidate is not None:
+            return {ledger.PRESET_ARM: (0, {}), ledger.BEST_ARM: (0, self.study.candidate_params)}
         if self.study.search.trials and not self._has_complete_trial():
             return {}
         arms = {ledger.PRESET_ARM: (0, self.state.trials[0].params if 0 in self.state.trials else {})}
@@ -379,3 +449,10 @@ class Controller:
             f"{self.study.name}: {what}{log}",
             hint="mend the cause, then give the same command again: it goes on to the total number of trials",
         )
+
+
+def _as_storage_error(error: OSError | StorageError, place: Path) -> StorageError:
+    """What the file system said, with what to do about it."""
+    found = error if isinstance(error, StorageError) else protocol.storage_error(error, Path(error.filename or place))
+    again = "the running jobs go on and nothing was lost: give the same command again once the files can be reached"
+    return found if found.hint else StorageError(str(found), hint=again)

@@ -1,25 +1,32 @@
-"""The tables of a report, as text cells, and their three forms: terminal, Markdown, HTML.
-
-A number is formatted here and nowhere else, so the three forms cannot disagree.
-"""
+"""The tables of a study's report: the record in its authors' form first, then every number behind it with its place."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from orchestrator.evidence import ArmEvidence, Evidence, RunEvidence
-from orchestrator.statistics import STD_CONVENTION, mean, sample_std
+from orchestrator.cells import (
+    ABSENT,
+    Cell,
+    Link,
+    Table,
+    bpb,
+    knob_text,
+    params_text,
+    probability,
+    seconds,
+    signed,
+    whole,
+)
+from orchestrator.compare import STATES, Comparison, permutations, test_rows
+from orchestrator.evidence import ArmEvidence, Curve, Evidence, RunEvidence
+from orchestrator.family import Relative
+from orchestrator.footing import WAYS, WINDOW, adjusted_for_steps, footing, throughput
+from orchestrator.gates import Verdict
+from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference, mean, sample_std
 from trainer import protocol
 from trainer.protocol import COMPLETE
-
-ABSENT = "–"
-LINK_ROOT = "../../../"
-"""From a study's report folder up to CADDIE_HOME, for links to the files that numbers come from."""
 
 STAGE_NAMES = {
     protocol.POST_EMA: "Post-EMA BPB",
@@ -30,91 +37,79 @@ STAGE_NAMES = {
 RECORD_COLUMNS = ("Seed", "Steps", "Sliding BPB", "TTT BPB", "TTT gain", "Artifact bytes")
 """The form in which the challenge's authors give a record."""
 
+LONG_ROWS = 24
+"""A list of more rows is folded on the page until a reader wants it."""
 
-@dataclass(frozen=True)
-class Link:
-    """A cell that names a file under CADDIE_HOME."""
+MOST_DETAILED = 100
+"""Runs of the search whose stages, bytes, phases and speed a report shows, the best trials' first; the CSV has all."""
 
-    path: str
-    text: str = ""
-    """What is shown, where it is not the path."""
-
-    def __str__(self) -> str:
-        return self.text or self.path or ABSENT
-
-
-Cell = str | Link
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A heading, columns and text cells."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    note: str = ""
-    """What a reader must know to read it: conventions, units."""
-
-    summary_rows: int = 0
-    """Last rows that summarise those above."""
+CITED = {
+    "steps": "/steps",
+    "artifact_bytes": "/artifact_bytes",
+    "bundle_bytes": "/bundle_bytes",
+    "model_bytes": "/model_bytes",
+    "train_seconds": "/train_seconds",
+    **{f"{stage}_bpb": f"/scores/{stage}/bpb" for stage in protocol.STAGES},
+}
+"""Numbers of a record's run and their JSON pointers in its result."""
 
 
-def bpb(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.5f}"
+def at(run: RunEvidence, pointer: str, text: str) -> Cell:
+    """A number of a run's result, with the line that it was read from."""
+    line = run.lines.get(pointer, 0)
+    return Link(run.source, text, line, pointer) if line and text != ABSENT else text
 
 
-def signed(value: float | None) -> str:
-    """A difference in bits per byte, with a true minus sign."""
-    return ABSENT if value is None else f"{value:+.5f}".replace("-", "−")
-
-
-def whole(value: float | None) -> str:
-    """A count or a number of bytes, with thousands separators."""
-    return ABSENT if value is None else f"{round(value):,}"
-
-
-def seconds(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:,.1f}"
-
-
-def knob_text(value: Any) -> str:
-    """A knob's value, to four significant digits where it is a float."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def params_text(params: dict[str, Any]) -> str:
-    return ", ".join(f"{knob} = {knob_text(value)}" for knob, value in params.items()) or "unchanged"
+def cited(run: RunEvidence, stage: str) -> Cell:
+    """A stage's bits per byte, with its line."""
+    return at(run, f"/scores/{stage}/bpb", bpb(run.bpb(stage)))
 
 
 # ── the record ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def record_frame(arms: Sequence[ArmEvidence]) -> pd.DataFrame:
-    """One row a seed of every arm, full precision, seeds without a result included with their reason."""
+    """One row a seed of every arm, full precision with the line of each number; seeds without a result with their reason."""
+    return runs_frame([run for arm in arms for run in arm.runs]).rename(columns={"owner": "arm"})
+
+
+def runs_frame(runs: Sequence[RunEvidence]) -> pd.DataFrame:
+    """The same, a row a run, of whatever owner."""
     rows = [
         {
-            "arm": arm.name,
-            "seed": run.seed,
-            "state": run.state,
-            "reason": run.reason,
-            "steps": run.result.steps if run.result else None,
-            **{f"{stage}_bpb": run.bpb(stage) for stage in protocol.STAGES},
-            "ttt_gain": run.ttt_gain,
-            "artifact_bytes": _artifact_bytes(run),
-            "verified": run.verified,
-            "audited": run.audited,
-            "run_id": run.run_id,
-            "source": run.source,
+            "owner": run.owner, "seed": run.seed, "state": run.state, "reason": run.reason, **_record_values(run),
+            "ttt_gain": run.ttt_gain, "verified": run.verified, "audited": run.audited, "run_id": run.run_id,
+            "source": run.source, **{f"{name}_line": run.lines.get(pointer) for name, pointer in CITED.items()},
         }
-        for arm in arms
-        for run in arm.runs
+        for run in runs
+    ]  # fmt: skip
+    lines = [f"{name}_line" for name in CITED]
+    columns = [
+        "owner",
+        "seed",
+        "state",
+        "reason",
+        *CITED,
+        "ttt_gain",
+        "verified",
+        "audited",
+        "run_id",
+        "source",
+        *lines,
     ]
-    columns = ["arm", "seed", "state", "reason", "steps", *(f"{stage}_bpb" for stage in protocol.STAGES)]
-    frame = pd.DataFrame(
-        rows, columns=[*columns, "ttt_gain", "artifact_bytes", "verified", "audited", "run_id", "source"]
-    )
-    return frame.astype({"seed": "Int64", "steps": "Int64", "artifact_bytes": "Int64"})
+    counts = [name for name in CITED if name == "steps" or name.endswith("_bytes")]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(["seed", *counts, *lines], "Int64"))
+
+
+def _record_values(run: RunEvidence) -> dict[str, float | int | None]:
+    """The cited numbers of a run; sizes only of an artifact that there is, scores only of a complete run."""
+    result = run.result
+    sizes = {name: getattr(result, name) or None if result else None for name in CITED if name.endswith("_bytes")}
+    scores = {f"{stage}_bpb": run.bpb(stage) for stage in protocol.STAGES}
+    return {
+        "steps": result.steps if result else None, "train_seconds": result.train_seconds if result else None,
+        **sizes, **scores,
+    }  # fmt: skip
 
 
 def record_table(arm: ArmEvidence, *, has_sources: bool = True) -> Table:
@@ -143,10 +138,10 @@ def _extra_columns(arm: ArmEvidence, *, has_sources: bool) -> tuple[str, ...]:
 
 
 def _record_row(run: RunEvidence, extra: Sequence[str]) -> tuple[Cell, ...]:
-    steps = whole(run.result.steps) if run.result else ABSENT
     cells: tuple[Cell, ...] = (
-        str(run.seed), steps, bpb(run.bpb(protocol.SLIDING)), bpb(run.bpb(protocol.TTT)), signed(run.ttt_gain),
-        whole(_artifact_bytes(run)),
+        str(run.seed), at(run, "/steps", whole(run.result.steps) if run.result else ABSENT),
+        cited(run, protocol.SLIDING), cited(run, protocol.TTT), signed(run.ttt_gain),
+        at(run, "/artifact_bytes", whole(_artifact_bytes(run))),
     )  # fmt: skip
     note = "" if run.state == COMPLETE else f"{run.state}: {run.reason}".rstrip(": ")
     beside: dict[str, Cell] = {
@@ -178,21 +173,111 @@ def _artifact_bytes(run: RunEvidence) -> int | None:
     return run.result.artifact_bytes if run.result and run.result.artifact_bytes else None
 
 
-# ── the rest of a report ────────────────────────────────────────────────────────────────────────────────────────────
+# ── the comparison ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def tables(evidence: Evidence) -> list[Table]:
-    """Every table of the report, in its order; those without rows are left out."""
-    found = [
-        *(record_table(arm) for arm in evidence.arms),
-        params_table(evidence),
-        stages_table(evidence),
-        bytes_table(evidence),
-        phases_table(evidence),
-        trials_table(evidence),
-        attempts_table(evidence),
+def comparison_tables(comparison: Comparison | None) -> list[Table]:
+    """The gates, and every test of the two arms; nothing where nothing is compared."""
+    if comparison is None:
+        return []
+    return [table for table in (gates_table(comparison), tests_table(comparison)) if table.rows]
+
+
+def gates_table(comparison: Comparison) -> Table:
+    """A row a gate: whether it is met, and by how much; what is missing stands with the claim."""
+    sources = " ".join(f"{v.gate.name}: {v.gate.date}, {v.gate.source}." for v in comparison.verdicts)
+    return Table(
+        title="Gates",
+        columns=("Gate", "State", "Margin", "Gain", "p", "p needed", "Adjusted p", "p to spare", "More seeds"),
+        rows=tuple(_gate_row(verdict) for verdict in comparison.verdicts),
+        note=f"{comparison.candidate.name} against {comparison.baseline.name}, in bits per byte. p to spare: by how many the "
+        "mean is lower than p needs, below zero by how many it must still fall. More seeds: for p, with this mean and spread. "
+        "Adjusted p: times the equal chances that were started for the claim (Bonferroni). open: nothing speaks against it, "
+        f"and something cannot be decided. Sources: {sources}",
+    )
+
+
+def _gate_row(verdict: Verdict) -> tuple[Cell, ...]:
+    gate, p = verdict.gate, verdict.difference.p_one_sided
+    gain = None if verdict.difference.value is None else -verdict.difference.value
+    return (
+        gate.name, STATES[verdict.is_met], bpb(verdict.margin_bpb), signed(gain), probability(p), f"< {gate.alpha:g}",
+        probability(verdict.adjusted_p), signed(verdict.slack_bpb), whole(verdict.more_seeds),
+    )  # fmt: skip
+
+
+def tests_table(comparison: Comparison) -> Table:
+    rows = [
+        (
+            name, signed(found.value), _interval(found), probability(found.p_one_sided), _number(found.statistic),
+            _number(found.degrees_of_freedom), words,
+        )
+        for name, found, words in test_rows(comparison)
+    ]  # fmt: skip
+    rows += [
+        (name, ABSENT, ABSENT, probability(p), ABSENT, ABSENT, words) for name, p, words in permutations(comparison)
     ]
-    return [table for table in found if table.rows]
+    return Table(
+        title="Tests",
+        columns=(
+            "Test",
+            "Difference",
+            f"{CONFIDENCE:.0%} interval",
+            "One-sided p",
+            "Statistic",
+            "df",
+            "Takes for granted",
+        ),
+        rows=tuple(rows),
+        note=f"{comparison.candidate.name} − {comparison.baseline.name} in bits per byte; below zero the first is better. "
+        "p: of a difference this low or lower, were there none.",
+    )
+
+
+def _interval(found: Difference) -> str:
+    return ABSENT if found.low is None else f"{signed(found.low)} to {signed(found.high)}"
+
+
+def _number(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.4g}".replace("-", "−")
+
+
+def footing_table(evidence: Evidence, curves: Sequence[Curve], arms: tuple[str, str]) -> Table:
+    """Both arms at equal steps and at equal seconds, and the score with the steps as covariate."""
+    first, second = (evidence.arm(name) for name in arms)
+    rows = []
+    for way in WAYS:
+        found = footing(curves, *arms, way=way)
+        if found is not None:
+            gap = found.difference
+            losses = (mean(list(found.candidate.values())), mean(list(found.baseline.values())))
+            rows.append(
+                (
+                    f"training loss at equal {way}", f"{found.point:,.6g}", *map(bpb, losses), signed(gap.value),
+                    _interval(gap), probability(gap.p_one_sided),
+                )
+            )  # fmt: skip
+    adjusted = adjusted_for_steps(first, second, evidence.objective) if first and second else None
+    if adjusted is not None and first and second:
+        means = (first.summary(evidence.objective).mean, second.summary(evidence.objective).mean)
+        rows.append(
+            (
+                f"{STAGE_NAMES[evidence.objective]} less what steps explain", ABSENT, *map(bpb, means),
+                signed(adjusted.value), ABSENT, ABSENT,
+            )
+        )  # fmt: skip
+    slope = f" {adjusted.slope:+.3g} bits per byte a step (correlation {adjusted.correlation:.2f})." if adjusted else ""
+    return Table(
+        title="At equal steps and equal time",
+        columns=("What", "At", *arms, "Difference", f"{CONFIDENCE:.0%} interval", "One-sided p"),
+        rows=tuple(rows),
+        note=f"Training loss: nats per token, mean over the last {WINDOW:.0%} before the last point that every complete run reached. "
+        "A schedule that follows the clock is further on at equal steps where steps are slow. Steps as covariate: one line "
+        f"through both arms' seeds.{slope}",
+    )
+
+
+# ── the runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def params_table(evidence: Evidence) -> Table:
@@ -206,8 +291,24 @@ def params_table(evidence: Evidence) -> Table:
     return Table(title="Knobs", columns=("Knob", f"Preset {evidence.study.preset}", heading), rows=rows)
 
 
+def detailed(evidence: Evidence) -> list[RunEvidence]:
+    """The arms' runs and those of the best trials, in their order."""
+    ranked = sorted(evidence.trials, key=lambda found: (found.trial.value is None, found.trial.value or 0.0))
+    shown = {run.run_id for found in ranked for run in found.runs}
+    if len(shown) > MOST_DETAILED:
+        shown = {run.run_id for found in ranked[:MOST_DETAILED] for run in found.runs}
+    arms = {run.run_id for arm in evidence.arms for run in arm.runs}
+    return [run for run in evidence.runs if run.run_id in shown or run.run_id in arms]
+
+
+def _undetailed(evidence: Evidence) -> str:
+    """Says how many runs a table leaves to the CSV."""
+    left = len(evidence.runs) - len(detailed(evidence))
+    return f" {left:,} runs of trials that are not among the best {MOST_DETAILED} stand in runs.csv." if left else ""
+
+
 def _scored(evidence: Evidence) -> list[RunEvidence]:
-    return [run for run in evidence.runs if run.result is not None and run.result.scores]
+    return [run for run in detailed(evidence) if run.result is not None and run.result.scores]
 
 
 def parity(run: RunEvidence) -> str:
@@ -216,48 +317,117 @@ def parity(run: RunEvidence) -> str:
     return ABSENT if found is None else f"{found:.1e}"
 
 
+def _loss(run: RunEvidence, stage: str) -> Cell:
+    """A stage's loss in nats per token, with its line."""
+    found = run.result.scores.get(stage) if run.result else None
+    return at(run, f"/scores/{stage}/loss", bpb(found.loss if found else None))
+
+
 def stages_table(evidence: Evidence) -> Table:
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (
-            run.owner, str(run.seed), *(bpb(run.bpb(stage)) for stage in protocol.STAGES),
-            signed(run.quantization_gap), signed(run.ttt_gain), parity(run), Link(run.source),
+            run.owner, str(run.seed), *(cited(run, stage) for stage in protocol.STAGES), _loss(run, evidence.objective),
+            signed(run.quantization_gap), signed(run.ttt_gain), at(run, "/parity_nats", parity(run)), Link(run.source),
         )
         for run in _scored(evidence)
     )  # fmt: skip
+    loss = f"{STAGE_NAMES[evidence.objective].removesuffix(' BPB')} nats"
     return Table(
         title="Stages",
-        columns=("Run of", "Seed", *STAGE_NAMES.values(), "Quantisation gap", "TTT gain", "Parity", "Source"),
+        columns=("Run of", "Seed", *STAGE_NAMES.values(), loss, "Quantisation gap", "TTT gain", "Parity", "Source"),
         rows=rows,
         note="Quantisation gap: round trip − post-EMA, what the stored model loses. TTT gain: sliding − TTT. "
-        "Parity: the first TTT chunk before any update − the sliding score of the same tokens, in nats per token; the "
-        "trainer fails a run whose two paths differ. Each score is scores.<stage>.bpb of its source.",
+        "nats: per token. Parity: the first TTT chunk before any update − the sliding score of the same tokens, in nats "
+        "per token; the trainer fails a run whose two paths differ. Each score is scores.<stage>.bpb of its source."
+        + _undetailed(evidence),
+        is_long=len(rows) > LONG_ROWS,
     )
 
 
 def bytes_table(evidence: Evidence) -> Table:
     """Bytes by part, and what is left under the cap."""
     rows: list[tuple[Cell, ...]] = []
-    for run in evidence.runs:
+    for run in detailed(evidence):
         result = run.result
         if result is not None and result.artifact_bytes:
             headroom = result.cap_bytes - result.artifact_bytes
-            sizes = (result.bundle_bytes, result.model_bytes, result.artifact_bytes, result.cap_bytes)
+            parts = ("bundle_bytes", "model_bytes", "artifact_bytes", "cap_bytes")
+            sizes = (at(run, f"/{name}", whole(getattr(result, name))) for name in parts)
             left = f"{headroom:,}".replace("-", "−") + (" over the cap" if headroom < 0 else "")
-            rows.append((run.owner, str(run.seed), *map(whole, sizes), left, Link(run.source)))
+            rows.append((run.owner, str(run.seed), *sizes, left, Link(run.source)))
     columns = ("Run of", "Seed", "Bundle", "Model", "Artifact", "Cap", "Headroom", "Source")
-    return Table(title="Bytes", columns=columns, rows=tuple(rows), note="Decimal bytes of the files that are shipped.")
+    return Table(
+        title="Bytes", columns=columns, rows=tuple(rows), note="Decimal bytes of the files that are shipped." + _undetailed(evidence),
+        is_long=len(rows) > LONG_ROWS,
+    )  # fmt: skip
+
+
+def groups_table(evidence: Evidence, sizes: Mapping[str, Mapping[str, int]]) -> Table:
+    """Bytes of the model files by group of tensors, of the arms' runs whose files can be read."""
+    runs = [run for arm in evidence.arms for run in arm.runs if run.run_id in sizes and run.result]
+    groups = list(dict.fromkeys(group for run in runs for group in sizes[run.run_id]))
+    rows = tuple(
+        (
+            run.owner, str(run.seed), whole(run.result.bundle_bytes),
+            *(whole(sizes[run.run_id].get(group)) for group in groups),
+            whole(run.result.bundle_bytes + sum(sizes[run.run_id].values())),
+        )
+        for run in runs
+        if run.result
+    )  # fmt: skip
+    note = "Measured on each run's model file. The matrices share one coded stream: its bytes fall to them by their entropy."
+    return Table(
+        title="Bytes of each group", columns=("Run of", "Seed", "code", *groups, "Total"), rows=rows, note=note
+    )
 
 
 def phases_table(evidence: Evidence) -> Table:
-    runs = [run for run in evidence.runs if run.result is not None and run.result.phases]
+    runs = [run for run in detailed(evidence) if run.result is not None and run.result.phases]
     names = list(dict.fromkeys(name for run in runs if run.result for name in run.result.phases))
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (run.owner, str(run.seed), *(seconds(run.result.phases.get(name)) for name in names), Link(run.source))
+        (
+            run.owner, str(run.seed),
+            *(at(run, f"/phases/{name}", seconds(run.result.phases.get(name))) for name in names), Link(run.source),
+        )
         for run in runs
         if run.result is not None
+    )  # fmt: skip
+    note = "Seconds, on one clock from the start of the process." + _undetailed(evidence)
+    return Table(
+        title="Phases",
+        columns=("Run of", "Seed", *names, "Source"),
+        rows=rows,
+        note=note,
+        is_long=len(rows) > LONG_ROWS,
     )
-    note = "Seconds, on one clock from the start of the process."
-    return Table(title="Phases", columns=("Run of", "Seed", *names, "Source"), rows=rows, note=note)
+
+
+def throughput_table(evidence: Evidence) -> Table:
+    """How fast each run trained, and on what."""
+    rows: list[tuple[Cell, ...]] = []
+    for run in detailed(evidence):
+        found, result = throughput(run), run.result
+        if found is not None and result is not None:
+            memory = f"{result.peak_memory_bytes / 2**20:,.0f}" if result.peak_memory_bytes else ABSENT
+            rows.append(
+                (
+                    run.owner, str(run.seed), at(run, "/steps", whole(found.steps)), at(run, "/tokens", whole(found.tokens)),
+                    at(run, "/train_seconds", seconds(result.train_seconds)), f"{found.ms_per_step:,.2f}",
+                    whole(found.tokens_per_second), at(run, "/device", result.device), str(result.world_size),
+                    at(run, "/peak_memory_bytes", memory), Link(run.source),
+                )
+            )  # fmt: skip
+    return Table(
+        title="Throughput",
+        columns=(
+            "Run of", "Seed", "Steps", "Tokens", "Training s", "ms per step", "Tokens per s", "Device", "Processes",
+            "Peak MiB", "Source",
+        ),
+        rows=tuple(rows),
+        note="Training s: as it counts, calibration included. ms per step and tokens per s: of the training loop alone."
+        + _undetailed(evidence),
+        is_long=len(rows) > LONG_ROWS,
+    )  # fmt: skip
 
 
 def trials_table(evidence: Evidence) -> Table:
@@ -271,20 +441,17 @@ def trials_table(evidence: Evidence) -> Table:
         source = next((run.source for run in found.runs), "")
         rows.append(
             (
-                str(trial.number),
-                trial.origin,
-                *values,
-                bpb(trial.value),
-                trial.state,
-                trial.reason,
-                violation,
+                str(trial.number), trial.origin, *values, bpb(trial.value), trial.state, trial.reason, violation,
                 Link(source),
             )
-        )
+        )  # fmt: skip
     name = STAGE_NAMES[evidence.objective]
     columns = ("Trial", "Origin", *knobs, name, "State", "Reason", "Constraint violation", "Source")
     searched = ", ".join(map(str, evidence.study.search.seeds))
-    return Table(title="Trials", columns=columns, rows=tuple(rows), note=f"{name}: mean over seeds {searched}.")
+    return Table(
+        title="Trials", columns=columns, rows=tuple(rows), note=f"{name}: mean over seeds {searched}.",
+        is_long=len(rows) > LONG_ROWS,
+    )  # fmt: skip
 
 
 def attempts_table(evidence: Evidence) -> Table:
@@ -292,7 +459,8 @@ def attempts_table(evidence: Evidence) -> Table:
     rows = tuple(
         (
             attempt.run_id, str(attempt.number), "; ".join(attempt.owners), attempt.job_id or ABSENT, attempt.status,
-            attempt.failure, seconds(attempt.seconds), str(attempt.gpus), Link(attempt.source),
+            "; ".join(filter(None, (attempt.failure, attempt.began))), seconds(attempt.seconds), str(attempt.gpus),
+            Link(attempt.source),
         )
         for attempt in evidence.attempts
     )  # fmt: skip
@@ -301,80 +469,50 @@ def attempts_table(evidence: Evidence) -> Table:
         columns=("Run", "Attempt", "Asked by", "Job", "Status", "Why", "Seconds", "GPUs", "Source"),
         rows=rows,
         note=f"{whole(evidence.gpu_seconds)} GPU-seconds; {whole(evidence.cpu_run_seconds)} seconds of runs without a GPU.",
+        is_long=len(rows) > LONG_ROWS,
     )
 
 
-# ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def is_number(cell: Cell) -> bool:
-    """Whether a cell belongs to the right of its column."""
-    return isinstance(cell, str) and (
-        cell == ABSENT or cell.replace("−", "-").replace(",", "").lstrip("+-").replace(".", "", 1).isdigit()
-    )
-
-
-def _is_numeric_column(table: Table, index: int) -> bool:
-    cells = [row[index] for row in table.rows[: len(table.rows) - table.summary_rows]]
-    return all(is_number(cell) for cell in cells if cell)
-
-
-def as_text(table: Table) -> str:
-    """Aligned columns for a terminal."""
-    grid = [table.columns, *[tuple(str(cell) for cell in row) for row in table.rows]]
-    widths = [max(len(row[i]) for row in grid) for i in range(len(table.columns))]
-    right = [_is_numeric_column(table, i) for i in range(len(table.columns))]
-    lines = [
-        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
-        for row in grid
-    ]
-    rule = "─" * max(map(len, lines))
-    body = [lines[0], rule, *lines[1:]]
-    if table.summary_rows:
-        body.insert(len(body) - table.summary_rows, rule)
-    return "\n".join([table.title, "", *body, *(["", table.note] if table.note else [])])
-
-
-def as_markdown(table: Table) -> str:
-    def line(cells: Iterable[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    def cell(value: Cell) -> str:
-        return f"[{value}]({LINK_ROOT}{value.path})" if isinstance(value, Link) and value.path else str(value)
-
-    rule = ["---:" if _is_numeric_column(table, i) else ":---" for i in range(len(table.columns))]
-    first_summary = len(table.rows) - table.summary_rows
-    rows = [
-        line(f"**{cell(c)}**" if i >= first_summary and c else cell(c) for c in row) for i, row in enumerate(table.rows)
-    ]
-    return "\n".join(
-        [f"## {table.title}", "", line(table.columns), line(rule), *rows, *(["", table.note] if table.note else [])]
-    )
-
-
-def as_html(table: Table) -> str:
-    """A table that scrolls sideways on a narrow screen, its numbers aligned."""
-    numeric = [_is_numeric_column(table, i) for i in range(len(table.columns))]
-
-    def cells(values: Iterable[Cell], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if is_right else ''}>{_html_cell(value)}</{tag}>"
-            for value, is_right in zip(values, numeric, strict=True)
+def family_table(evidence: Evidence, family: Sequence[Relative]) -> Table:
+    """Every run of the arms' configurations on their data, of this study and of others."""
+    arm_of = {run.run_id: arm.name for arm in evidence.arms for run in arm.runs}
+    names = {run.family: arm_of[run.run_id] for run in family if run.run_id in arm_of}
+    rows = tuple(
+        (
+            names.get(run.family, ABSENT), str(run.seed), run.run_id, str(run.replicate), run.study or ABSENT,
+            str(run.attempts), run.state, bpb(run.bpb(evidence.objective)), "yes" if run.run_id in arm_of else "no",
+            _why(run), Link(run.source),
         )
+        for run in family
+    )  # fmt: skip
+    return Table(
+        title="The whole family",
+        columns=(
+            "Configuration of", "Seed", "Run", "Replicate", "Asked by", "Attempts", "State",
+            STAGE_NAMES[evidence.objective], "In the record", "Why", "Source",
+        ),
+        rows=rows,
+        note="Every run here of the same configuration on the same data, whoever asked for it, failed and stopped ones included.",
+        is_long=len(rows) > LONG_ROWS,
+    )  # fmt: skip
 
-    first_summary = len(table.rows) - table.summary_rows
-    rows = [
-        f"<tr{' class=summary' if i >= first_summary else ''}>{cells(row, 'td')}</tr>"
-        for i, row in enumerate(table.rows)
-    ]
-    note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
-    head, body = cells(table.columns, "th"), "\n".join(rows)
-    return (
-        f"<div class=wide tabindex=0><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>{note}"
-    )
+
+def _why(run: Relative) -> str:
+    failure = run.result.failure if run.result else None
+    return run.problem or (f"{failure.kind}: {failure.message}" if failure else "")
 
 
-def _html_cell(value: Cell) -> str:
-    if isinstance(value, Link) and value.path:
-        return f'<a href="{html.escape(LINK_ROOT + value.path)}">{html.escape(str(value))}</a>'
-    return html.escape(str(value))
+def lines_table(evidence: Evidence) -> Table:
+    """What the record cites, in full digits, with file, line and pointer."""
+    rows: list[tuple[Cell, ...]] = []
+    for arm in evidence.arms:
+        for run in arm.runs:
+            values = _record_values(run)
+            for name, pointer in CITED.items():
+                if run.lines.get(pointer) and values[name] is not None:
+                    place = Link(run.source, f"{run.source}:{run.lines[pointer]}", run.lines[pointer], pointer)
+                    rows.append((arm.name, str(run.seed), name, repr(values[name]), pointer, place))
+    return Table(
+        title="Cited lines", columns=("Record", "Seed", "What", "Value", "JSON pointer", "File and line"),
+        rows=tuple(rows), note="Files lie under CADDIE_HOME; line numbers count from 1.", is_long=True,
+    )  # fmt: skip

@@ -32,6 +32,9 @@ from trainer.protocol import storage_error
 MOST_METRICS, MOST_PARAMS = 1000, 100
 """Of one log_batch; more is refused by MLflow."""
 
+MOST_METRICS_WITH_TAGS = 900
+"""Metrics beside tags: all together are at most 1,000, and tags at most 100."""
+
 MOST_PARAM_CHARACTERS = 6000
 """MLflow cuts a longer value with only a line in its log."""
 
@@ -168,10 +171,7 @@ class MlflowStore:
 
     def set_tags(self, mirrored: MlflowRun, tags: Mapping[str, str]) -> None:
         """Set the tags that have changed."""
-        changed = {key: value for key, value in tags.items() if mirrored.tags.get(key) != value}
-        if changed:
-            self.client.log_batch(mirrored.mlflow_id, tags=[RunTag(key, value) for key, value in changed.items()])
-            mirrored.tags.update(changed)
+        self.log_metrics(mirrored, (), tags)
 
     def log_params(self, mirrored: MlflowRun, params: Mapping[str, Any]) -> None:
         """Log parameters in batches; one that MLflow would cut is left out, its whole value is in the spec's artifact."""
@@ -180,11 +180,17 @@ class MlflowStore:
         for start in range(0, len(found), MOST_PARAMS):
             self.client.log_batch(mirrored.mlflow_id, params=found[start : start + MOST_PARAMS])
 
-    def log_metrics(self, mirrored: MlflowRun, points: Iterable[Point]) -> None:
-        """Log metric points in batches; those that MLflow has already change nothing."""
+    def log_metrics(self, mirrored: MlflowRun, points: Iterable[Point], tags: Mapping[str, str] | None = None) -> None:
+        """Log metric points in batches, those that MLflow has already change nothing; tags that have changed go with them."""
         found = [Metric(*point) for point in points]
-        for start in range(0, len(found), MOST_METRICS):
-            self.client.log_batch(mirrored.mlflow_id, metrics=found[start : start + MOST_METRICS])
+        changed = {key: value for key, value in (tags or {}).items() if mirrored.tags.get(key) != value}
+        last = max(len(found) - MOST_METRICS_WITH_TAGS, 0) if changed else len(found)
+        for start in range(0, last, MOST_METRICS):
+            self.client.log_batch(mirrored.mlflow_id, metrics=found[start : min(start + MOST_METRICS, last)])
+        if changed:
+            run_tags = [RunTag(key, value) for key, value in changed.items()]
+            self.client.log_batch(mirrored.mlflow_id, metrics=found[last:], tags=run_tags)
+            mirrored.tags.update(changed)
 
     def log_file(self, mirrored: MlflowRun, path: Path, folder: str | None = None) -> None:
         """Copy a file into a run's artifacts, over an older copy; one that does not exist is left out."""
@@ -193,20 +199,24 @@ class MlflowStore:
 
     def experiment(self, study: Study) -> str:
         """The study's experiment, made or restored where necessary, with its description and its view."""
-        if study.name not in self._experiments:
-            found = self.client.get_experiment_by_name(study.name)
+        return self.named_experiment(study.name, experiment_tags(study))
+
+    def named_experiment(self, name: str, tags: Mapping[str, str]) -> str:
+        """An experiment by its name, made or restored where necessary, with its tags set; learns the runs in it."""
+        if name not in self._experiments:
+            found = self.client.get_experiment_by_name(name)
             if found is None:
-                location = (self.home.mlflow_artifacts / study.name).resolve().as_uri()
-                experiment_id = self.client.create_experiment(study.name, artifact_location=location)
+                location = (self.home.mlflow_artifacts / name).resolve().as_uri()
+                experiment_id = self.client.create_experiment(name, artifact_location=location)
             else:
                 experiment_id = found.experiment_id
                 if found.lifecycle_stage == "deleted":
                     self.client.restore_experiment(experiment_id)
-            for key, value in experiment_tags(study).items():
+            for key, value in tags.items():
                 self.client.set_experiment_tag(experiment_id, key, value)
             self._load(experiment_id)
-            self._experiments[study.name] = experiment_id
-        return self._experiments[study.name]
+            self._experiments[name] = experiment_id
+        return self._experiments[name]
 
 
 @contextmanager

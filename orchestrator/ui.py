@@ -1,4 +1,7 @@
-"""`caddie ui`: MLflow's server on the home's store, as a child process that ends with this one."""
+"""`caddie ui`: MLflow's server on the home's store, as a child process that ends with this one.
+
+This machine alone reaches it, unless another address is asked for: then every page wants a password.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
+from orchestrator import access as accesses
+from orchestrator.access import USER, Access
 from orchestrator.errors import MachineError
 from orchestrator.home import Home
 
@@ -96,7 +101,14 @@ def server_command(home: Home, host: str, port: int) -> list[str]:
         hosts = allowed_hosts(host, port)
         # The UI's own POST requests carry an Origin, which MLflow refuses from any place but this machine unless it is named.
         origins = [f"http://{name}" for name in hosts if name.endswith(f":{port}")]
-        command += ["--allowed-hosts", ",".join(hosts), "--cors-allowed-origins", ",".join(origins)]
+        command += [
+            "--app-name",
+            "basic-auth",
+            "--allowed-hosts",
+            ",".join(hosts),
+            "--cors-allowed-origins",
+            ",".join(origins),
+        ]
     return command
 
 
@@ -105,6 +117,11 @@ def prepare_store(home: Home) -> list[str]:
     from orchestrator.mirror import sync_all  # loads MLflow: a second that a busy port need not wait for
 
     return sync_all(home)
+
+
+def prepare_access(home: Home) -> Access:
+    """The password that other machines need."""
+    return accesses.prepare(home)
 
 
 def study_paths(home: Home) -> dict[str, str]:
@@ -128,15 +145,17 @@ def serve(
     require_free_port(host, port)
     for problem in prepare_store(home):
         _say(stream, f"warning: {problem}")
-    if not is_loopback(host):
-        _say(
-            stream,
-            f"warning: anyone who reaches {host}:{port} can read and change this store: there is no authentication",
-        )
-    server = _start(server_command(home, host, port))
+    access = None if is_loopback(host) else prepare_access(home)
+    server = _start(server_command(home, host, port), access.environment if access else {})
     try:
         _wait_until_healthy(server, host, port)
         _print_addresses(home, host, port, stream=stream)
+        if access:
+            _say(
+                stream,
+                f"other machines: http://{socket.gethostname()}:{port}, user {USER}, password in {access.password_file}",
+            )
+            _say(stream, "warning: this is HTTP, the password can be read on the way; ssh -L is private")
         _wait(server, is_wanted)
     except KeyboardInterrupt:
         _say(stream, "ended")
@@ -144,9 +163,9 @@ def serve(
         _end(server)
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], more: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """The server in a session of its own, so that Ctrl-C reaches it through us and its children end with it."""
-    environment = {**os.environ, **SERVER_ENVIRONMENT}
+    environment = {**os.environ, **SERVER_ENVIRONMENT, **more}
     return subprocess.Popen(
         command,
         env=environment,

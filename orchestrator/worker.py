@@ -1,7 +1,10 @@
 """The worker: runs inside a job and stands between the scheduler and the trainer. Needs the standard library only.
 
-It claims the attempt, starts the trainer from the run directory alone, passes on the signal to stop, and sees to it that
-every attempt ends with a result: where the trainer left none, the worker says why.
+It claims the attempt, starts the trainer from the run directory alone, passes on what asks it to leave, and sees to it
+that every attempt ends with a result: where the trainer left none, the worker says why. A worker whose run has a later
+attempt ends its trainer and writes nothing: a run has one owner.
+
+On several nodes each has a worker with its own part of the trainer. The first one speaks for the run.
 """
 
 from __future__ import annotations
@@ -16,13 +19,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
-from orchestrator import compile_cache
+from orchestrator import compile_cache, gauges, node_check
+from orchestrator.allocation import Allocation
 from orchestrator.home import home_of
+from orchestrator.node_check import Node, NodeRefused, Pace
+from orchestrator.pulse import BEAT_SECONDS
 from trainer import protocol
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
 from trainer.protocol import AttemptDir, Failure, Result, RunDir, Spec
@@ -33,7 +42,15 @@ TRAINER_TAG = "CADDIE_TRAINER_TAG"
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the step in progress to end after SIGTERM, and for a process to leave after its result
 TAIL_BYTES = 65_536  # of the log, searched for the cause of a failure
+DESCRIBE_SECONDS = 120.0  # for an interpreter to say what it has; from a network file system the first start is slow
 SHOWN_LINES = 20  # of the log, put into the result
+OWNER_SECONDS = 2.0  # between two looks for a later attempt of the run
+JOIN_SECONDS = 300.0  # for the other nodes of a job to find the first one's claim
+SUPERSEDED = "superseded"  # why a trainer had to end: a later attempt owns the run
+
+TORCHRUN = ("-m", "torch.distributed.run")
+SHIELDING_TORCH = (2, 10)  # from which torchrun can be told to leave signals to its ranks
+SHIELD = "exec_ignoring"  # what the shell that ignores signals calls itself in messages
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "constriction", "triton")
 # Named one by one: an environment holds secrets, and env.json is published with a record.
@@ -57,6 +74,19 @@ class Claim:
     started: int
     """Clock ticks from the host's boot to the process's start."""
 
+    node: str = ""
+    """The host's name in the cluster; empty outside one."""
+
+    job: str = ""
+    restarts: int = 0
+    """How often the scheduler had started the job over: a second life of the same job is not the claim's holder."""
+
+    began: float = 0.0
+    """Unix seconds."""
+
+    rendezvous: str = ""
+    """`host:port` where the processes of several nodes meet; empty on one."""
+
 
 def started_ticks(pid: int) -> int | None:
     """When a live process started, in clock ticks after boot; None for a dead one, a zombie included."""
@@ -65,6 +95,14 @@ def started_ticks(pid: int) -> int | None:
     except (OSError, ValueError):
         return None
     return None if state in "ZX" else int(fields[18])
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None for a dead one."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def boot_id() -> str:
@@ -80,9 +118,30 @@ def claim_of(pid: int) -> Claim:
     return Claim(host=platform.node(), boot=boot_id(), pid=pid, started=started_ticks(pid) or 0)
 
 
+def claim_for(allocation: Allocation) -> Claim:
+    """The claim of this process, in its place in a job."""
+    return dataclasses.replace(
+        claim_of(os.getpid()), node=allocation.name, job=allocation.job, restarts=allocation.restarts, began=time.time(),
+        rendezvous=allocation.rendezvous() if allocation.nodes > 1 else "",
+    )  # fmt: skip
+
+
+def began_by_now(claim: Claim) -> float:
+    """Unix seconds at which the claim's process began, by the clock as it is now; what the claim says, on another host."""
+    if claim.boot and claim.boot == boot_id() and claim.started:
+        uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return time.time() - uptime + claim.started / os.sysconf("SC_CLK_TCK")
+    return claim.began
+
+
 def is_live(claim: Claim) -> bool:
     """Whether the very process that made the claim still runs, on this host."""
     return (claim.host, claim.boot) == (platform.node(), boot_id()) and started_ticks(claim.pid) == claim.started
+
+
+def is_elsewhere(claim: Claim) -> bool:
+    """Whether the process that made the claim can only be on another host, where this one cannot look."""
+    return claim.host != platform.node()
 
 
 def read_claim(attempt: AttemptDir) -> Claim | None:
@@ -124,6 +183,10 @@ _DISK = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC")
 _NCCL = re.compile(
     r"NCCL error|ncclInternalError|ncclSystemError|ncclRemoteError|ncclUnhandledCudaError|Watchdog caught collective"
 )
+_HARDWARE = re.compile(
+    r"uncorrectable (?:ECC|NVLink) error|CUDA error: (?:initialization error|hardware|device not ready|unknown error|"
+    r"no CUDA-capable device|all CUDA-capable devices are busy)|GPU has fallen off the bus|NVML: .*Unknown Error"
+)
 _RANK_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")  # torchrun itself ends with 1, whatever its ranks ended with
 _EXCEPTION = re.compile(r"^(?:\[\w+\]:\s*)?((?!.*ChildFailedError)[\w.]*(?:Error|Exception|Exit)\b.*|error: .*)$")
 _EXIT_KINDS = {
@@ -146,6 +209,8 @@ def classify(returncode: int, stderr_tail: str, *, timed_out: bool = False) -> s
         return protocol.OUT_OF_MEMORY
     if _DISK.search(stderr_tail):
         return protocol.DISK
+    if _HARDWARE.search(stderr_tail):
+        return protocol.NODE
     for code in codes:
         if code in _EXIT_KINDS:
             return _EXIT_KINDS[code]
@@ -158,6 +223,8 @@ def kind_of_error(error: CaddieError | OSError) -> str:
     """The kind of failure of a trainer that could not be started."""
     if isinstance(error, OSError):
         return protocol.DISK if error.errno in (errno.ENOSPC, errno.EDQUOT) else protocol.INFRASTRUCTURE
+    if isinstance(error, NodeRefused):
+        return protocol.NODE
     return _EXIT_KINDS.get(error.exit_code, protocol.CODE)
 
 
@@ -200,7 +267,72 @@ def failure_of_lost(attempt: AttemptDir) -> Failure:
     return failure_of(protocol.INFRASTRUCTURE, message, log)
 
 
+# ---------------------------------------------------------------------------------------------------- notice
+
+
+class Notice:
+    """What tells a job that its nodes are wanted back: SIGUSR2 or SIGTERM, on whichever comes first."""
+
+    def __init__(self, attempt: AttemptDir) -> None:
+        self.attempt = attempt
+        self.by: signal.Signals | None = None
+        self._was_early = False
+        self._is_passed_on = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Note the signals within the block; outside the main thread Python delivers none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        if self.by is None:
+            self.by, self._was_early = signal.Signals(number), not self.attempt.events.exists()
+            with open(self.attempt.notice, "wb"):
+                pass
+
+    def is_due(self) -> bool:
+        """Whether to pass a SIGTERM on to the trainer, once, as soon as it can understand one.
+
+        The scheduler's own SIGTERM reaches every process of a job. The trainer has heard it, if it had begun.
+        """
+        due = self.by is signal.SIGUSR2 or (self.by is not None and self._was_early)
+        if not due or self._is_passed_on or not self.attempt.events.exists():
+            return False
+        self._is_passed_on = True
+        return True
+
+    def failure(self, log: Path) -> Failure:
+        """Why the attempt came to nothing."""
+        name = self.by.name if self.by is not None else ""
+        message = f"the job was told to leave ({name}): pre-empted, cancelled, or at its time limit"
+        return failure_of(protocol.PREEMPTED, message, log)
+
+
 # ---------------------------------------------------------------------------------------------------- the attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a worker is asked to do."""
+
+    processes: int
+    """Of the trainer, on this node."""
+
+    gpus: str
+    """Value of CUDA_VISIBLE_DEVICES, empty for the CPU."""
+
+    timeout_seconds: float
+    grace_seconds: float = GRACE_SECONDS
+    python: str = ""
+    """Interpreter of the trainer; empty for this one."""
 
 
 def run_attempt(
@@ -215,17 +347,8 @@ def run_attempt(
 
     A second copy of the same attempt finds the claim and leaves without a trace.
     """
-    run = RunDir(Path(run_dir))
-    files = run.attempt(attempt)
-    if not make_claim(files):
-        return
-    try:
-        result = _attempt(run, files, processes=processes, gpus=gpus, seconds=(timeout_seconds, grace_seconds))
-    except (CaddieError, OSError) as error:
-        failure = failure_of(kind_of_error(error), str(error), files.stderr)
-        result = None if files.result.exists() else _result(run, files, status=protocol.FAILED, failure=failure)
-    if result is not None:
-        protocol.write_result(files.result, result)
+    order = Order(processes=processes, gpus=gpus, timeout_seconds=timeout_seconds, grace_seconds=grace_seconds)
+    carry_out(RunDir(Path(run_dir)), attempt, order, Allocation())
 
 
 def run_in_own_session(run_dir: str, attempt: int, processes: int, gpus: str, timeout_seconds: float) -> None:
@@ -234,12 +357,41 @@ def run_in_own_session(run_dir: str, attempt: int, processes: int, gpus: str, ti
     run_attempt(run_dir, attempt, processes, gpus, timeout_seconds)
 
 
-def make_claim(attempt: AttemptDir) -> bool:
-    """Take the attempt for this process; False where another process took it. Raises StorageError."""
+def run_in_slurm(run_dir: str, attempt: int, processes: int, timeout_seconds: float, python: str) -> None:
+    """This node's part of an attempt, on the GPUs that Slurm gave the job; every node of the job calls it."""
+    allocation = Allocation.from_environment()
+    order = Order(processes=processes, gpus=allocation.gpus, timeout_seconds=timeout_seconds, python=python)
+    carry_out(RunDir(Path(run_dir)), attempt, order, allocation)
+
+
+def carry_out(run: RunDir, attempt: int, order: Order, allocation: Allocation) -> None:
+    """Run one attempt, or one node's part of it, to its end."""
+    files = run.attempt(attempt)
+    if allocation.node:
+        _join(run, files, order, allocation)
+        return
+    claim = claim_for(allocation)
+    if not make_claim(files, claim):
+        return
+    notice = Notice(files)
+    with beating(files), notice.heard() if allocation.job else nullcontext():
+        try:
+            result = _attempt(
+                Part(run=run, files=files, order=order, allocation=allocation, claim=claim, notice=notice)
+            )
+        except (CaddieError, OSError) as error:
+            failure = failure_of(kind_of_error(error), str(error), files.stderr)
+            result = None if files.result.exists() else _result(run, files, status=protocol.FAILED, failure=failure)
+        if result is not None and run.is_newest(files):
+            protocol.write_result(files.result, result)
+
+
+def make_claim(attempt: AttemptDir, claim: Claim | None = None) -> bool:
+    """Claim an attempt for this process; False where somebody has done so before. Raises StorageError."""
     try:
         attempt.root.mkdir(parents=True, exist_ok=True)
         with attempt.claim.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(claim_of(os.getpid()))) + "\n")
+            file.write(json.dumps(dataclasses.asdict(claim or claim_for(Allocation()))) + "\n")
     except FileExistsError:
         return False
     except OSError as error:
@@ -247,19 +399,65 @@ def make_claim(attempt: AttemptDir) -> bool:
     return True
 
 
-def _attempt(
-    run: RunDir, attempt: AttemptDir, *, processes: int, gpus: str, seconds: tuple[float, float]
-) -> Result | None:
-    """Run the trainer; None where it left a result of its own that can stand."""
+@contextmanager
+def beating(attempt: AttemptDir) -> Iterator[None]:
+    """Touch the claim within the block for as long as this process lives, for those who cannot look for processes here."""
+    closing = threading.Event()
+
+    def beat() -> None:
+        while not closing.wait(BEAT_SECONDS):
+            with suppress(OSError):  # heard again with the next beat, if the directory comes back
+                os.utime(attempt.claim)
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join(BEAT_SECONDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One node's part of an attempt; all of it, where there is one node."""
+
+    run: RunDir
+    files: AttemptDir
+    order: Order
+    allocation: Allocation
+    claim: Claim
+    notice: Notice
+
+    @property
+    def is_first(self) -> bool:
+        return self.allocation.node == 0
+
+    @property
+    def stdout(self) -> Path:
+        return self.files.stdout if self.is_first else self.files.scheduler / f"trainer{self.allocation.node}.out"
+
+    @property
+    def stderr(self) -> Path:
+        return self.files.stderr if self.is_first else self.files.scheduler / f"trainer{self.allocation.node}.err"
+
+
+def _attempt(part: Part) -> Result | None:
+    """Run the trainer; None where it left a result of its own that can stand, or where nothing may be written any more."""
+    run, attempt, order = part.run, part.files, part.order
     spec = protocol.read_spec(run.spec)
     if attempt.stop.exists():
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
     _require_sha256(run.bundle, spec.bundle_sha256)
     if spec.source:
         _require_sha256(run.source, spec.source_sha256)
-    returncode, ended = _run_trainer(run, attempt, spec, processes=processes, gpus=gpus, seconds=seconds)
+    returncode, ended = _run_trainer(part, spec)
+    if ended == SUPERSEDED:
+        return None
     too_long = failure_of(
-        protocol.TIMEOUT, f"ended after {seconds[0]:g} s, the study's [resources] timeout_minutes", attempt.stderr
+        protocol.TIMEOUT,
+        f"ended after {order.timeout_seconds:g} s, the study's [resources] timeout_minutes",
+        attempt.stderr,
     )
     if attempt.result.exists():
         left = protocol.read_result(attempt.result)
@@ -268,32 +466,92 @@ def _attempt(
         return dataclasses.replace(left, status=protocol.FAILED, failure=too_long)  # it left politely, and too late
     if ended == protocol.STOPPED:
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
-    tail = log_tail(attempt.stderr)
-    kind = classify(returncode, tail, timed_out=ended == protocol.TIMEOUT)
-    failure = failure_of(kind, explain(returncode, tail), attempt.stderr)
-    failure = too_long if kind == protocol.TIMEOUT else failure
+    failure = too_long if ended == protocol.TIMEOUT else _failure(part, returncode)
     return _result(run, attempt, status=protocol.FAILED, failure=failure, spec=spec)
 
 
-def _run_trainer(
-    run: RunDir, attempt: AttemptDir, spec: Spec, *, processes: int, gpus: str, seconds: tuple[float, float]
-) -> tuple[int, str | None]:
+def _failure(part: Part, returncode: int) -> Failure:
+    """Why a trainer left no result: what another node says of its part comes first."""
+    for node in range(1, part.allocation.nodes):
+        told = part.files.node_failure(node)
+        if told.exists():
+            return Failure(**protocol.read_json(told))
+    if part.notice.by is not None:
+        return part.notice.failure(part.stderr)
+    tail = log_tail(part.stderr)
+    return failure_of(classify(returncode, tail), explain(returncode, tail), part.stderr)
+
+
+def _join(run: RunDir, files: AttemptDir, order: Order, allocation: Allocation) -> None:
+    """Run another node's part, once this very life of the job has claimed the attempt; say why, where it fails."""
+    claim = _claim_of_job(files, allocation)
+    if claim is None:
+        return
+    notice = Notice(files)
+    part = Part(run=run, files=files, order=order, allocation=allocation, claim=claim, notice=notice)
+    with notice.heard():
+        try:
+            returncode, ended = _run_trainer(part, protocol.read_spec(run.spec))
+        except (CaddieError, OSError) as error:
+            failure = failure_of(kind_of_error(error), str(error), part.stderr)
+        else:
+            if ended is not None or returncode == 0 or files.result.exists():
+                return
+            failure = _failure(part, returncode)
+        named = dataclasses.replace(failure, message=f"node {allocation.name}: {failure.message}")
+        protocol.write_json_atomically(files.node_failure(allocation.node), dataclasses.asdict(named))
+
+
+def _claim_of_job(files: AttemptDir, allocation: Allocation) -> Claim | None:
+    """The claim that the first node has made for this life of the job; None where the attempt is another's."""
+    until = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < until:
+        claim = read_claim(files)
+        if claim is not None:
+            return claim if (claim.job, claim.restarts) == (allocation.job, allocation.restarts) else None
+        time.sleep(POLL_SECONDS)
+    return None
+
+
+def _run_trainer(part: Part, spec: Spec) -> tuple[int, str | None]:
     """Start the trainer, with what was compiled before, and see it end: its exit status, and why it had to end."""
-    tag = trainer_tag(attempt)
-    environment, machine = trainer_environment(gpus, tag), describe_machine(gpus)
+    run, files, order = part.run, part.files, part.order
+    tag = trainer_tag(files)
+    environment, machine = trainer_environment(order.gpus, tag), describe_machine(order.gpus, order.python)
+    processes = order.processes * part.allocation.nodes
     key = compile_cache.key_of(spec, processes=processes, packages=machine.packages, gpus=machine.gpus)
     with compile_cache.lent(key, archive=home_of(run).compiled(key), environment=environment) as cache:
         environment |= cache.variables
-        protocol.write_json_atomically(attempt.env, describe_environment(environment, machine, cache.found))
-        with attempt.stdout.open("ab") as out, attempt.stderr.open("ab") as err:
+        if part.is_first:
+            protocol.write_json_atomically(files.env, describe_environment(environment, machine, cache.found))
+        try:
+            node_check.require(_node_of(part, spec, environment, cache.found))
+        except NodeRefused:
+            signal_tagged(TRAINER_TAG, tag, signal.SIGKILL)  # of a sum over the GPUs that hangs
+            raise
+        with part.stdout.open("ab") as out, part.stderr.open("ab") as err:
             process = subprocess.Popen(
-                trainer_command(run, attempt.number, processes),
+                shielded(part_command(part, torch=machine.packages.get("torch", "")), is_alone=processes == 1),
                 cwd=run.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0,
             )  # fmt: skip
-        ended = _watch(process, attempt, tag=tag, timeout_seconds=seconds[0], grace_seconds=seconds[1])
-        if attempt.result.exists() and protocol.read_result(attempt.result).status == protocol.COMPLETE:
+        with gauges.recording(files.system(part.allocation.node), order.gpus):
+            ended = _watch(process, part, tag)
+        if part.is_first and files.result.exists() and protocol.read_result(files.result).status == protocol.COMPLETE:
             cache.save()
     return process.returncode, ended
+
+
+def _name_of_node(part: Part) -> str:
+    return part.allocation.name or platform.node()
+
+
+def _node_of(part: Part, spec: Spec, environment: Mapping[str, str], compiled: compile_cache.Found) -> Node:
+    """What is checked before the trainer starts."""
+    return Node(
+        run=part.run, files=part.files, spec=spec, name=_name_of_node(part), gpus=part.order.gpus,
+        number=part.allocation.node, python=part.order.python or sys.executable,
+        environment=environment, compiled=compiled,
+    )  # fmt: skip
 
 
 def _require_sha256(path: Path, planned: str) -> None:
@@ -307,11 +565,42 @@ def _require_sha256(path: Path, planned: str) -> None:
 
 
 def trainer_command(run: RunDir, attempt: int, processes: int) -> list[str]:
-    """How the trainer is started: by Python, or by torchrun where it has several processes."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launch, str(run.bundle), str(run.root), "--attempt", str(attempt)]
+    """How a trainer on one node is started: by Python, or by torchrun where it has several processes."""
+    return [sys.executable, *_on_one_node(processes), *_program(run, attempt)]
+
+
+def part_command(part: Part, *, torch: str) -> list[str]:
+    """The same for one node's part of an attempt, by the interpreter that is ordered, with signals left to the ranks."""
+    options = _on_one_node(part.order.processes) if part.allocation.nodes == 1 else _on_this_node(part)
+    version = tuple(int(number) for number in re.findall(r"\d+", torch)[:2])
+    if options and version >= SHIELDING_TORCH:
+        options.append("--signals-to-handle=SIGINT")
+    return [part.order.python or sys.executable, *options, *_program(part.run, part.files.number)]
+
+
+def _program(run: RunDir, attempt: int) -> list[str]:
+    return [str(run.bundle), str(run.root), "--attempt", str(attempt)]
+
+
+def _on_one_node(processes: int) -> list[str]:
+    return [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+
+
+def _on_this_node(part: Part) -> list[str]:
+    host, _, port = part.claim.rendezvous.rpartition(":")
+    return [
+        *TORCHRUN, f"--nproc_per_node={part.order.processes}", f"--nnodes={part.allocation.nodes}",
+        f"--node_rank={part.allocation.node}", f"--master_addr={host}", f"--master_port={port}",
+    ]  # fmt: skip
+
+
+def shielded(command: Sequence[str], *, is_alone: bool) -> list[str]:
+    """A command that SIGUSR2 does not end, which a scheduler sends to all; nor does SIGTERM torchrun, whose ranks hear it.
+
+    A shell gives its ignored signals to what it becomes. `is_alone`: the trainer is one process, without torchrun.
+    """
+    ignored = "USR2" if is_alone else "USR2 TERM"
+    return ["/bin/sh", "-c", f"trap '' {ignored}; exec \"$@\"", SHIELD, *command]
 
 
 def trainer_tag(attempt: AttemptDir) -> str:
@@ -330,38 +619,60 @@ def trainer_environment(gpus: str, tag: str) -> dict[str, str]:
     return {**environment, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1", TRAINER_TAG: tag}
 
 
-def _watch(
-    process: subprocess.Popen[bytes], attempt: AttemptDir, *, tag: str, timeout_seconds: float, grace_seconds: float
-) -> str | None:
-    """Wait for the trainer's end: STOPPED where it was asked to stop, TIMEOUT where it took too long, else None."""
-    deadline = time.monotonic() + timeout_seconds
+def _watch(process: subprocess.Popen[bytes], part: Part, tag: str) -> str | None:
+    """Wait for the trainer's end and say why it had to end: None where it did by itself.
+
+    STOPPED where it was asked to stop, TIMEOUT where it took too long, SUPERSEDED where the run has a later attempt,
+    INFRASTRUCTURE where its part on another node failed. Raises NodeRefused where its first steps show a slow node.
+    """
+    attempt, order = part.files, part.order
+    deadline = time.monotonic() + order.timeout_seconds
     ended: str | None = None
+    looked = 0.0
+    pace = Pace(attempt, is_alone=part.allocation.nodes == 1)
     while process.poll() is None:
         now = time.monotonic()
         if ended is not None and now > deadline:
             break
+        if part.notice.is_due():
+            _ask_to_leave(process, tag)
         if ended is None and attempt.result.exists():  # what is left to do is to exit
-            ended, deadline = protocol.COMPLETE, now + grace_seconds
+            ended, deadline = protocol.COMPLETE, now + order.grace_seconds
         elif ended is None and (attempt.stop.exists() or now > deadline):
             ended = protocol.STOPPED if attempt.stop.exists() else protocol.TIMEOUT
-            deadline = now + grace_seconds
-            _signal_group(process, signal.SIGTERM)
+            deadline = now + order.grace_seconds
+            _ask_to_leave(process, tag)
+        elif ended is None and now - looked > OWNER_SECONDS:
+            looked = now
+            ended = _why_to_end(part) or (protocol.NODE if pace.problem() else None)
+            deadline = now if ended else deadline
         time.sleep(POLL_SECONDS)
     _end_all(process, tag)
-    return ended
+    if ended == protocol.NODE:
+        raise node_check.refuse(_name_of_node(part), attempt, pace.problem())
+    return None if ended == protocol.COMPLETE else ended
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:  # it ended meanwhile
-        return
+def _why_to_end(part: Part) -> str | None:
+    if not part.run.is_newest(part.files):
+        return SUPERSEDED
+    others = range(1, part.allocation.nodes) if part.is_first else ()
+    return protocol.INFRASTRUCTURE if any(part.files.node_failure(node).exists() for node in others) else None
+
+
+def _ask_to_leave(process: subprocess.Popen[bytes], tag: str) -> None:
+    """Send SIGTERM to the trainer itself: to the ranks where torchrun has started them, each in a session of its own."""
+    ranks = [pid for pid in tagged_processes(TRAINER_TAG, tag) if parent_of(pid) == process.pid]
+    for pid in ranks or [process.pid]:
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(pid, signal.SIGTERM)
 
 
 def _end_all(process: subprocess.Popen[bytes], tag: str) -> None:
     """Leave no process of the trainer behind; torchrun's ranks have sessions of their own and outlive its death."""
     if process.poll() is None:
-        _signal_group(process, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     signal_tagged(TRAINER_TAG, tag, signal.SIGKILL)
     process.wait()
 
@@ -390,12 +701,44 @@ class Machine:
     gpus: Sequence[str]
 
 
-def describe_machine(gpus: str) -> Machine:
-    """This machine, with the GPUs that are visible to the run."""
+def describe_machine(gpus: str, python: str = "") -> Machine:
+    """This machine, with the GPUs that are visible to the run and what its interpreter has; empty for this one."""
+    version, packages = _described(python) if python else (platform.python_version(), installed_packages())
     return Machine(
-        host=platform.node(), platform=platform.platform(), python=platform.python_version(), processors=os.cpu_count(),
-        packages={name: version for name in PACKAGES if (version := _installed(name))}, gpus=_gpu_names(gpus),
+        host=platform.node(), platform=platform.platform(), python=version, processors=os.cpu_count(),
+        packages=packages, gpus=_gpu_names(gpus),
     )  # fmt: skip
+
+
+_DESCRIBE = """
+import json, platform, sys
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps([platform.python_version(), found]))
+"""
+
+
+def _described(python: str) -> tuple[str, dict[str, str]]:
+    """Version and packages of another interpreter; raises ConfigError where it cannot be started."""
+    command = [python, "-c", _DESCRIBE, *PACKAGES]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=DESCRIBE_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"[resources] python: {error}", hint="name an interpreter that every node has, with torch installed"
+        ) from error
+    version, packages = json.loads(asked.stdout.splitlines()[-1])
+    return version, packages
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of what a run needs, by name."""
+    return {name: version for name in PACKAGES if (version := _installed(name))}
 
 
 def describe_environment(

@@ -1,5 +1,5 @@
-"""`python -m trainer prepare|adopt|verify-data|audit`: the heavy part of `caddie data` and `caddie audit`, in the trainer's
-own process.
+"""`python -m trainer prepare|adopt|verify-data|audit|sizes`: the heavy part of `caddie data`, `caddie audit` and
+`caddie report`, in the trainer's own process.
 
 With `--json` the last line of stdout is one object: the outcome, or an error with its kind and hint.
 """
@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--data", type=Path, required=True, metavar="DIR")
     audit.add_argument("--sample", type=int, required=True, metavar="N", help="positions that whole evaluations score")
     audit.add_argument("--seed", type=int, required=True, metavar="N", help="of everything that is drawn")
-    for command in (prepare, adopt, verify, audit):
+    sizes = commands.add_parser("sizes", help="bytes of runs' model files by group of tensors")
+    sizes.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    for command in (prepare, adopt, verify, audit, sizes):
         command.add_argument("--json", action="store_true", help="the outcome as one JSON object on stdout")
     return top
 
@@ -58,6 +60,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from trainer import prepare, publication, verification  # after the arguments are known to be right: they load torch
 
     say = prepare.to_stderr
+    if arguments.command == "sizes":
+        from trainer.sizes import sizes_of
+
+        return sizes_of([RunDir(path) for path in arguments.run_dirs])
     if arguments.command == "verify-data":
         found = verification.verify(arguments.data_dir, say=say, corpus=arguments.corpus, processes=arguments.processes)
         return {"data": str(arguments.data_dir), **dataclasses.asdict(found)}
@@ -119,7 +125,7 @@ def tell(outcome: dict[str, Any]) -> None:
         print(f"error: {outcome['error']}", file=sys.stderr)
         if outcome["hint"]:
             print(f"hint: {outcome['hint']}", file=sys.stderr)
-    elif "probes" in outcome:
+    elif "probes" in outcome or "sizes" in outcome:
         print(json.dumps(outcome, indent=1))
     elif not outcome.get("problems"):
         print(f"{outcome['data']}: sound" if "problems" in outcome else json.dumps(outcome["splits"]))

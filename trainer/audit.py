@@ -67,7 +67,7 @@ class Subject:
 
     run: Run
     model: Model
-    recurrent: bool
+    recurrent: int
     stream: Stream
     sampling: Sampling
     generator: torch.Generator = field(init=False)
@@ -325,7 +325,7 @@ def audit(directory: RunDir, data_dir: Path, *, sampling: Sampling, say: Say) ->
     """
     spec = protocol.read_spec(directory.spec)
     config = from_mapping(spec.config)
-    run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal())
+    run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal(), directory.attempt(0))
     with fastest_kernels():
         dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(VALIDATION,))
         model, recurrent = stored_model(run, compiles=False)

@@ -42,7 +42,7 @@ class Documents:
     """A split's documents by falling length, in batches that all processes take together, each its share."""
 
     def __init__(
-        self, stream: Stream, begins_D: Tensor, *, config: TTTConfig, length: int, recurrent: bool, world: World
+        self, stream: Stream, begins_D: Tensor, *, config: TTTConfig, length: int, recurrent: int, world: World
     ) -> None:
         self.stream, self.config, self.length, self.recurrent, self.world = stream, config, length, recurrent, world
         ends_D = torch.cat((begins_D[1:], torch.tensor([stream.positions])))

@@ -106,6 +106,9 @@ class ModelConfig(Section):
     rope_base: float = _between(10000.0, above=0)
     """Base of the rotary frequencies, at the training length."""
 
+    first_attention_layer: int = _between(0, 0)
+    """Physical layers before it do without attention, #1204: 1; their matrices stay, unused."""
+
     qk_norm: bool = True
     """RMS-normalise queries and keys per head."""
 
@@ -133,6 +136,18 @@ class ModelConfig(Section):
     lane_skips: bool = True
     """Fuse skips into the attention's lane after the split; the script of #1326 computes those and throws them away."""
 
+    skip_count: int = _between(0, 0)
+    """Skips that have weights, the first ones of the second half; 0: half of the physical layers. #1394: 7."""
+
+    bigram_buckets: int = _between(0, 0)
+    """Rows of a table of pairs of tokens by their hash, whose entries are added to the embedding; 0 is off. #1019: 3072."""
+
+    bigram_dim: int = _between(128, 1)
+    """Width of that table. #1019: 112."""
+
+    smear: bool = False
+    """Mix the embedding of the token before into each position's by a learned gate a channel. #549, #1019."""
+
     tie_embeddings: bool = True
     """Use the token table as the output head."""
 
@@ -148,8 +163,16 @@ class ModelConfig(Section):
     recurrence_passes: int = _between(1, 0)
     """Extra passes through them; 0 is off."""
 
+    untied_mlps: bool = False
+    """Give the extra pass MLPs of its own, copied from the layers' when recurrence comes on. #1204."""
+
     parallel_start_layer: int = _between(7, -1)
-    """First physical layer with two lanes, attention on one and MLP on the other; -1 keeps one stream."""
+    """First physical layer where attention and MLP work side by side; -1: nowhere."""
+
+    parallel: str = _one_of("lanes", "lanes", "routed", "stream")
+    """How: on two `lanes` that meet at the end, #1326; on two that each writes into by learned weights (`routed`, #1204); or
+    in one `stream`, from the same inputs, #1412.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +190,8 @@ class ModelConfig(Section):
         ):
             if broken:
                 raise ConfigError(f"model: {rule}")
+        if self.untied_mlps and self.recurrence_passes > 1:
+            raise ConfigError(f"model.untied_mlps needs recurrence_passes 1, got {self.recurrence_passes}")
         for name in ("value_embedding_layers", "recurrence_layers"):
             for layer in getattr(self, name):
                 if not 0 <= layer < self.layers:
@@ -234,6 +259,9 @@ class ScheduleConfig(Section):
 
     recurrence_start_frac: float = _between(0.0, 0, 1)
     """... and before this fraction."""
+
+    recurrence_full_frac: float = _between(0.0, 0, 1)
+    """Until this fraction only one extra pass is made; 0: all from the start. #1412: 0.65."""
 
     warmup_steps: int = _between(20, 0)
     """Steps on random tokens before the clock starts, in both graphs, undone afterwards; they absorb compilation."""
@@ -311,6 +339,9 @@ class QuantConfig(Section):
     mlp_bits: int = _between(6, 2, 8)
     """Bits of a weight of the MLPs."""
 
+    coarse_matrices: int = _between(0, 0)
+    """Matrices, those whose inputs have the smallest second moments, that get one bit less; 0 is off. #1260: 6."""
+
     embedding_bits: int = _between(8, 2, 8)
     """Bits of a table's entry."""
 
@@ -370,6 +401,17 @@ class QuantConfig(Section):
     margin_bytes: int = _between(1000, 0)
     """Bytes that a file whose grid was changed is aimed under the cap."""
 
+    calibration: str = _one_of("training", "training", "generated")
+    """What GPTQ's second moments are taken from: training data, or text that the trained model writes, which belongs to no
+    budget of data, #1019.
+    """
+
+    generated_sequences: int = _between(64, 1)
+    """Sequences of the training length that the model writes, over all GPUs."""
+
+    generated_temperature: float = _between(0.8, above=0)
+    """Temperature at which it writes them."""
+
     calibration_steps: int = _between(8, 1)
     """Training batches that GPTQ's second moments are taken from; the script of #1326 reads 64 a GPU and keeps one GPU's."""
 
@@ -384,6 +426,11 @@ class QuantConfig(Section):
 
     brotli_quality: int = _between(11, 0, 11)
     """Effort of the final compression."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coarse_matrices and self.method != "gptq":
+            raise ConfigError("quant.coarse_matrices goes by what GPTQ measures", hint='set quant.method to "gptq"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +450,14 @@ class EvaluationConfig(Section):
 
     batch_windows: int = _between(32, 1)
     """Windows a GPU scores at once."""
+
+    slot_steps: int = _between(0, 0)
+    """Steps of SLOT before a batch's windows are scored, #1217: 8; 0 is off. Not accepted: a window's context may hold what
+    another window of its batch scores.
+    """
+
+    slot_lr: float = _between(0.005, above=0)
+    """AdamW's learning rate of those steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -539,6 +594,11 @@ class RuntimeConfig(Section):
     cpu_threads: int = _between(0, 0)
     """Threads a process uses on a CPU; 0 leaves it to torch. A fixed number makes CPU runs repeat bit for bit."""
 
+    resumable: bool = False
+    """Keep a checkpoint where training has to leave or ends, from which the run's next attempt goes on. A search sets it for
+    its trials; a record is made in one go, and its bundle does without this code.
+    """
+
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig, "data": DataConfig, "schedule": ScheduleConfig, "optim": OptimConfig, "quant": QuantConfig,
@@ -563,6 +623,11 @@ class Config:
 
     def __post_init__(self) -> None:
         ttt, length, stride = self.ttt, self.evaluation.sequence_length, self.evaluation.stride
+        if self.evaluation.slot_steps and ttt.method != "off":
+            raise ConfigError(
+                f"evaluation.slot_steps {self.evaluation.slot_steps} changes the score that test-time training must begin with",
+                hint='set ttt.method to "off"',
+            )
         if ttt.method == "off":
             return
         if ttt.is_by_document:

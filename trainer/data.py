@@ -208,6 +208,11 @@ class TrainLoader:
         ]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
+    def skip(self, batches: int, sequences: int) -> None:
+        """Go past batches that an earlier attempt has read."""
+        for _ in range(batches):
+            self._draw(sequences)
+
     def _draw(self, sequences: int) -> list[tuple[np.ndarray, int]]:
         """Choose a batch's blocks: some distinct shards, a multinomial share of the batch each, taken in turn."""
         progress = min(1.0, self.batches / MIX_BATCHES)

@@ -35,7 +35,7 @@ class JudgeError(CaddieError):
 class Scorer(Protocol):
     """What the judge needs of a model: the cross-entropy of the last `scored` targets of each row, in nats."""
 
-    def __call__(self, tokens_BT: Tensor, targets_BT: Tensor, /, *, recurrent: bool, scored: int) -> Tensor: ...
+    def __call__(self, tokens_BT: Tensor, targets_BT: Tensor, /, *, recurrent: int, scored: int) -> Tensor: ...
 
 
 class Adapter(Protocol):
@@ -211,7 +211,7 @@ def _batches(whole_W: Tensor, first: int, last: int, *, batch: int, world: World
 
 
 def evaluate(
-    scorer: Scorer, stream: Stream, windows: Windows, *, config: EvaluationConfig, recurrent: bool, world: World,
+    scorer: Scorer, stream: Stream, windows: Windows, *, config: EvaluationConfig, recurrent: int, world: World,
     chunk_tokens: int, adapter: Adapter | None = None, chain: ScoreChain | None = None, on_chunk: OnChunk | None = None,
     tally: Tally | None = None,
 ) -> Evaluation:  # fmt: skip

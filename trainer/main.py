@@ -21,16 +21,18 @@ from trainer import artifact, protocol
 from trainer.attention import fastest_kernels
 from trainer.by_document import Documents, evaluate_documents
 from trainer.calibration import Calibration, calibrate
+from trainer.checkpoint import Checkpoint
 from trainer.config import Config, from_mapping
 from trainer.data import BOS, Dataset
 from trainer.distributed import World, start_world
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
-from trainer.evaluate import Evaluation, OnChunk, Stream, Windows, evaluate, plan_documents, plan_windows
+from trainer.evaluate import Evaluation, OnChunk, Scorer, Stream, Windows, evaluate, plan_documents, plan_windows
 from trainer.fit import fit
 from trainer.graphs import Recorded
 from trainer.model import Model
 from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Score, ScoreChain, Spec
 from trainer.quantize import corrected
+from trainer.slot import Slot
 from trainer.train import Network, NotFiniteError, order_seed, reserve_seconds, train, warm_up
 from trainer.ttt import ChunkAdapter, DocumentAdapter, ParityError, require_parity
 
@@ -75,6 +77,7 @@ class Run:
     world: World
     log: EventLog
     stop: StopSignal
+    attempt: AttemptDir
     found: dict[str, Any] = field(default_factory=lambda: {"scores": {}, "chains": {}, "train_seconds": 0.0})
     """Fields of the result, as they become known."""
 
@@ -103,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(error, "exit_code", 1)
     attempt = directory.attempt(options.attempt)
     log = EventLog(attempt.events if world.is_first else None)
-    return attempt_run(Run(directory, spec, config, world, log, stop), attempt)
+    return attempt_run(Run(directory, spec, config, world, log, stop, attempt))
 
 
 def recheck(directory: RunDir, data_dir: Path) -> int:
@@ -116,14 +119,14 @@ def recheck(directory: RunDir, data_dir: Path) -> int:
         config = from_mapping(file.meta["config"])
         unknown = dict.fromkeys(("run_id", "preset", "data_dir", "manifest_sha256", "bundle_sha256"), "")
         spec = Spec(**{**unknown, "seed": 0, "replicate": 0, "config": file.meta["config"], "code": {}})
-        run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal())
+        attempt = directory.attempt(0)
+        run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal(), attempt)
         run.found["artifact_sha256"] = protocol.sha256_of(directory.artifact)
         with fastest_kernels():
             dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(protocol.VALIDATION,))
             score_stored(run, stream_of(run, dataset))
         if run.world.is_first:
-            outcome = result_of(run, directory.attempt(0), protocol.COMPLETE, None)
-            protocol.write_result(directory.recheck, outcome)
+            protocol.write_result(directory.recheck, result_of(run, protocol.COMPLETE, None))
         run.world.close()
     except (CaddieError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -131,8 +134,11 @@ def recheck(directory: RunDir, data_dir: Path) -> int:
     return 0
 
 
-def attempt_run(run: Run, attempt: AttemptDir) -> int:
-    """Execute the phases and write the result, whatever happens; returns the exit code."""
+def attempt_run(run: Run) -> int:
+    """Execute the phases and write the result, whatever happens; returns the exit code.
+
+    An attempt that does not own the run any more leaves no result.
+    """
     status, failure, code = protocol.COMPLETE, None, 0
     try:
         with fastest_kernels():
@@ -142,13 +148,15 @@ def attempt_run(run: Run, attempt: AttemptDir) -> int:
     except StopAsked:
         status = protocol.STOPPED
     except Exception as error:
-        status, failure = protocol.FAILED, describe(error, attempt)
+        status, failure = protocol.FAILED, describe(error, run.attempt)
         code = getattr(error, "exit_code", 1)
         traceback.print_exc()
         if isinstance(error, CaddieError) and error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)
-    if run.world.is_first:
-        protocol.write_result(attempt.result, result_of(run, attempt, status, failure))
+    if run.world.is_first and run.directory.is_newest(run.attempt):
+        protocol.write_result(run.attempt.result, result_of(run, status, failure))
+        if run.config.runtime.resumable and code == 0 and status != protocol.STOPPED:
+            run.directory.checkpoint.unlink(missing_ok=True)
     if code == 0:
         run.world.close()
     return code
@@ -173,9 +181,9 @@ def over_cap(run: Run) -> Failure | None:
     )
 
 
-def result_of(run: Run, attempt: AttemptDir, status: str, failure: Failure | None) -> Result:
+def result_of(run: Run, status: str, failure: Failure | None) -> Result:
     return Result(
-        run_id=run.spec.run_id, attempt=attempt.number, status=status, seed=run.spec.seed, failure=failure,
+        run_id=run.spec.run_id, attempt=run.attempt.number, status=status, seed=run.spec.seed, failure=failure,
         phases=run.log.phases, world_size=run.world.size, device=device_name(run.world),
         peak_memory_bytes=run.world.peak_memory_bytes(), cap_bytes=run.config.limits.artifact_bytes,
         bundle_sha256=run.spec.bundle_sha256, **run.found,
@@ -213,11 +221,14 @@ def execute(run: Run) -> None:
         reserve = reserve_seconds(config, warm_up(model, network, config, world))
     if config.schedule.clock == "time" and reserve > config.limits.reserve_seconds:
         run.log.emit(protocol.WARNING, name="reserve", planned=config.limits.reserve_seconds, needed=round(reserve, 2))
+    checkpoint = Checkpoint(run.directory, run.attempt, world, run.log) if config.runtime.resumable else None
+    if checkpoint:
+        run.found["resumed_from"] = checkpoint.earlier  # filled in when it is read
     run.stop.waits_for_step = True
     with run.phase("train"):
         outcome = train(
             model, network, dataset, config=config, seed=run.spec.seed, world=world, log=run.log,
-            reserve=reserve, stop_asked=lambda: run.stop.is_asked,
+            reserve=reserve, stop_asked=lambda: is_asked_to_leave(run), checkpoint=checkpoint,
         )  # fmt: skip
     run.stop.waits_for_step = False
     run.found.update(
@@ -228,10 +239,17 @@ def execute(run: Run) -> None:
     if outcome.was_stopped:
         run.found["status"] = protocol.STOPPED
         return
-    pack(run, model, dataset, outcome.is_recurrent)
+    pack(run, model, dataset, outcome.recurrent)
     stream = stream_of(run, dataset)
-    stage_score(run, protocol.POST_EMA, model, stream, outcome.is_recurrent)
+    stage_score(run, protocol.POST_EMA, model, stream, outcome.recurrent)
     score_stored(run, stream)
+
+
+def is_asked_to_leave(run: Run) -> bool:
+    """Whether training is to end with this step, as the first process hears it."""
+    if run.config.runtime.resumable and run.world.is_first and run.attempt.notice.exists():
+        return True
+    return run.stop.is_asked
 
 
 def build_model(config: Config, world: World, *, compiles: bool = True) -> Model:
@@ -242,7 +260,7 @@ def build_model(config: Config, world: World, *, compiles: bool = True) -> Model
     return model.to(world.device)
 
 
-def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
+def pack(run: Run, model: Model, dataset: Dataset, recurrent: int) -> None:
     """Quantise the averaged weights, compress them under the cap and write `artifact.bin`."""
     config, world = run.config, run.world
     found = Calibration()
@@ -250,7 +268,8 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
         with run.phase("calibrate"):
             order = order_seed(config, run.spec.seed)
             found = calibrate(model, dataset, config=config, order_seed=order, recurrent=recurrent, world=world)
-        run.found["train_seconds"] += run.log.phases["calibrate"]
+        if config.quant.calibration == "training" or config.quant.grid == "fisher":  # else no training data were read
+            run.found["train_seconds"] += run.log.phases["calibrate"]
     if world.is_first:
         cap_bytes = config.limits.artifact_bytes - run.directory.bundle.stat().st_size
         meta = {"config": run.spec.config, "recurrent": recurrent}
@@ -269,7 +288,9 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: bool) -> None:
 
 
 def keep_artifact(run: Run, packed: bytes) -> None:
-    """Write `artifact.bin` and count what a submission would hold."""
+    """Write `artifact.bin` and count what a submission would hold. Raises StopAsked where a later attempt owns the run."""
+    if not run.directory.is_newest(run.attempt):
+        raise StopAsked
     protocol.write_bytes_atomically(run.directory.artifact, packed)
     bundle_bytes = run.directory.bundle.stat().st_size
     run.found.update(
@@ -290,15 +311,15 @@ def take_over(run: Run) -> None:
         keep_artifact(run, artifact.pack(again, quant.coder, quant.brotli_quality))
 
 
-def stored_model(run: Run, *, compiles: bool = True) -> tuple[Model, bool]:
-    """A fresh model from `artifact.bin`, and whether its repeated layers are on. Raises ProtocolError."""
+def stored_model(run: Run, *, compiles: bool = True) -> tuple[Model, int]:
+    """A fresh model from `artifact.bin`, and the extra passes through its repeated layers. Raises ProtocolError."""
     path = run.directory.artifact
     file = artifact.load(path.read_bytes(), str(path))
     config = from_mapping(file.meta["config"])
     model = build_model(config, run.world, compiles=compiles)
     state = file.state()
     model.load_state_dict(corrected(state) if config.quant.low_rank_tensors else state)
-    return model.eval(), bool(file.meta["recurrent"])
+    return model.eval(), int(file.meta["recurrent"])
 
 
 def stream_of(run: Run, dataset: Dataset) -> Stream:
@@ -347,15 +368,18 @@ def windows_of(run: Run, stage: str, stream: Stream) -> Windows:
 
 
 def stage_score(
-    run: Run, stage: str, model: Model, stream: Stream, recurrent: bool, adapter: ChunkAdapter | None = None
+    run: Run, stage: str, model: Model, stream: Stream, recurrent: int, adapter: ChunkAdapter | None = None
 ) -> Evaluation:
     """One evaluation as a phase of its own; its score goes into the result."""
     ttt = run.config.ttt  # the stages whose first chunks are compared have the same chunks
     is_chunked = stage in (protocol.SLIDING, protocol.TTT) and ttt.method != "off" and not ttt.is_by_document
     chain = chain_of(run, stage)
+    scorer: Scorer = Recorded(model.eval().nats, is_pure=True)
+    if run.config.evaluation.slot_steps and stage == protocol.SLIDING:
+        scorer = Slot(model, run.config.evaluation)
     with run.phase(stage):
         evaluation = evaluate(
-            Recorded(model.eval().nats, is_pure=True), stream, windows_of(run, stage, stream), config=run.config.evaluation,
+            scorer, stream, windows_of(run, stage, stream), config=run.config.evaluation,
             recurrent=recurrent, world=run.world, adapter=adapter, chain=chain,
             chunk_tokens=ttt.chunk_tokens if is_chunked else stream.positions,
             on_chunk=running_score(run) if adapter else None,
@@ -364,7 +388,7 @@ def stage_score(
     return evaluation
 
 
-def adapt_by_document(run: Run, fresh: Model, stream: Stream, recurrent: bool) -> None:
+def adapt_by_document(run: Run, fresh: Model, stream: Stream, recurrent: int) -> None:
     """Test-time training with an adapter a document, after parity with the same network without. Raises ParityError."""
     chain = chain_of(run, protocol.TTT)
     with run.phase(protocol.TTT):

@@ -1,4 +1,4 @@
-"""The language model of PR #1326: depth recurrence, U-Net skips, parallel residual lanes, tied soft-capped head."""
+"""The language models of PR #1326 and its relatives: depth recurrence, U-Net skips, parallel residuals, soft-capped head."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from trainer.lora import HEAD_TARGET, LoRA, Terms
 VALUE_EMBEDDING_STD = 0.01
 VALUE_EMBEDDING_SCALE = 0.1  # initial value of the scale that all its layers share: techniques of #1218
 SMALLEST_ORTHOGONAL = 64  # narrower matrices keep torch's own start: source of #1218
+BIGRAM_SCALE = 0.05  # initial value of the scale of the pairs' table: source of #1204
+BIGRAM_PRIMES = (36313, 27191)  # of a pair's hash, for the token and the one before: source of #1204
+ROUTED_RESIDUAL = 1.1**0.5  # initial factor of a lane before something is written into it: source of #1204
 LARGEST_VARIETY = 32  # graphs of one compiled part: a few shapes, with and without gradients
 
 HEAD = "head"
@@ -77,7 +80,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.slope = layer, config.leaky_slope
+        self.config, self.layer, self.slope = config, layer, config.leaky_slope
         self.fold: Callable[..., Matrices] = fold
         self.attention = Attention(config, layer=layer)
         self.mlp = MLP(config)
@@ -88,40 +91,59 @@ class Block(nn.Module):
             if config.residual_mix
             else None
         )
-        self.has_lanes = 0 <= config.parallel_start_layer <= layer
+        self.is_parallel = 0 <= config.parallel_start_layer <= layer
+        if config.parallel == "routed" and self.is_parallel:
+            self.routes = nn.Parameter(torch.ones(2, 2))
+            """By attention and MLP: what each writes into attention's lane and into the MLP's."""
+
+            self.residuals = nn.Parameter(torch.full((2,), ROUTED_RESIDUAL))
         self.input_scale = (layer + 1) ** -0.5 if config.ln_scale else 1.0
 
-    def matrices(self, precision: torch.dtype) -> Matrices:
-        attention, mlp = self.attention, self.mlp
+    def matrices(self, precision: torch.dtype, mlp: MLP) -> Matrices:
+        attention = self.attention
         linears = (attention.query, attention.key, attention.value, attention.out, mlp.up, mlp.down)
         return self.fold(*(linear.weight for linear in linears), self.attention_scale, self.mlp_scale, precision)
 
     def forward(
         self, x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, rotary: tuple[Tensor, Tensor] | None,
         value_embedding: Tensor | None, *, kept: int, scored: int, observe: Observe | None = None,
-        terms: Terms | None = None,
+        terms: Terms | None = None, again: Again | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """The stream (or the attention's lane) of the last `kept` positions, the MLP's lane of the last `scored`, and x0."""
-        matrices = self.matrices(x.dtype)
-        if self.has_lanes and lane is None:
+        matrices = self.matrices(x.dtype, again.mlp if self.config.untied_mlps and again else self.mlp)
+        if self.config.parallel == "routed" and self.is_parallel:
+            return route(self, x, lane, x0, skip, matrices, rotary, value_embedding, kept, observe, terms)
+        if self.config.parallel == "lanes" and self.is_parallel and lane is None:
             if skip is not None:
-                x, _, _ = combine((x, skip.state_BTD), torch.stack((skip.own_D, skip.weight_D)))
-                skip = None
+                x, skip = with_skip(x, skip), None
             lane = x[:, -scored:].clone()
-        x, inputs, x0 = self._entry(x, x0, skip)
-        y = self.attention(inputs, matrices.qkv_ND, rotary, value_embedding, scored=kept, terms=terms)
+        x, inputs, x0 = self.entry(x, x0, skip)
+        x, y = last(x, kept), self.attend(inputs, matrices, rotary, value_embedding, kept, observe, terms)
+        if not self.config.first_attention_layer or self.layer >= self.config.first_attention_layer:
+            x = add_product(x, y, matrices.out_DD)
+            if terms:
+                x = terms.add("out", x, y, self.attention_scale)
+        if lane is not None:
+            return x, self.think(lane, matrices, observe, terms), x0
+        if self.config.parallel == "stream" and self.is_parallel:
+            return self.think(x, matrices, observe, terms, last(inputs, kept)), None, x0
+        return self.think(x, matrices, observe, terms, again=again), None, x0
+
+    def attend(
+        self, inputs: Tensor, matrices: Matrices, rotary: tuple[Tensor, Tensor] | None, value_embedding: Tensor | None,
+        kept: int, observe: Observe | None, terms: Terms | None,
+    ) -> Tensor:  # fmt: skip
+        """What attention's last product reads, of the last `kept` positions; the inputs themselves where there is none."""
+        if self.config.first_attention_layer and self.layer < self.config.first_attention_layer:
+            y = inputs
+        else:
+            y = self.attention(inputs, matrices.qkv_ND, rotary, value_embedding, scored=kept, terms=terms)
         if observe:
             observe(f"blocks.{self.layer}.attention.query", inputs)
             observe(f"blocks.{self.layer}.attention.out", y)
-        x = x if kept == x.size(1) else x[:, -kept:].contiguous()
-        x = add_product(x, y, matrices.out_DD)
-        if terms:
-            x = terms.add("out", x, y, self.attention_scale)
-        if lane is None:
-            return self._think(x, matrices, observe, terms), None, x0
-        return x, self._think(lane, matrices, observe, terms), x0
+        return y
 
-    def _entry(self, x: Tensor, x0: Tensor, skip: Skip | None) -> tuple[Tensor, Tensor, Tensor]:
+    def entry(self, x: Tensor, x0: Tensor, skip: Skip | None) -> tuple[Tensor, Tensor, Tensor]:
         """The stream with the skip and the embedding mixed in, the same normalised, and x0."""
         ones = torch.ones_like(self.attention_scale)
         own, embedded = (ones, 0 * ones) if self.mix is None else self.mix.unbind()
@@ -132,19 +154,79 @@ class Block(nn.Module):
         assert inputs is not None, "a scale was given"
         return x, inputs, x0
 
-    def _think(self, x: Tensor, matrices: Matrices, observe: Observe | None, terms: Terms | None) -> Tensor:
-        """The stream (or the MLP's lane) after the MLP."""
-        x, inputs = normalize_beside(x, self.input_scale)
+    def think(
+        self, x: Tensor, matrices: Matrices, observe: Observe | None, terms: Terms | None, inputs: Tensor | None = None,
+        again: Again | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The stream (or the MLP's lane) after the MLP, which reads the stream unless other inputs are given."""
+        if inputs is None:
+            x, inputs = normalize_beside(x, self.input_scale)
         if observe:
-            observe(f"blocks.{self.layer}.mlp.up", inputs)
+            place = again.place if self.config.untied_mlps and again else f"blocks.{self.layer}.mlp"
+            observe(f"{place}.up", inputs)
             hidden = F.leaky_relu(F.linear(inputs, matrices.up_HD), self.slope).square()
-            observe(f"blocks.{self.layer}.mlp.down", hidden)
+            observe(f"{place}.down", hidden)
         if terms and {"up", "down"} & {*terms.pairs}:  # inside what is fused
             hidden = F.leaky_relu(terms.add("up", F.linear(inputs, matrices.up_HD), inputs), self.slope).square()
             x = terms.add("down", add_product(x, hidden, matrices.down_DH), hidden, self.mlp_scale)
         else:
             x = add_mlp(x, inputs, matrices.up_HD, matrices.down_DH, self.slope)
         return terms.add("mlp", x, inputs, self.mlp_scale) if terms else x
+
+
+class Again(NamedTuple):
+    """The MLP that a layer takes when it is run again, and the beginning of its matrices' names."""
+
+    mlp: MLP
+    place: str
+
+
+def last(x_BTD: Tensor, kept: int) -> Tensor:
+    """The last positions; all as they are, where all are kept."""
+    return x_BTD if kept == x_BTD.size(1) else x_BTD[:, -kept:].contiguous()
+
+
+def with_skip(x: Tensor, skip: Skip) -> Tensor:
+    return combine((x, skip.state_BTD), torch.stack((skip.own_D, skip.weight_D)))[0]
+
+
+def route(
+    block: Block, x: Tensor, lane: Tensor | None, x0: Tensor, skip: Skip | None, matrices: Matrices,
+    rotary: tuple[Tensor, Tensor] | None, value_embedding: Tensor | None, kept: int, observe: Observe | None,
+    terms: Terms | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """#1204's block: attention reads one lane and the MLP the other, each with x0, and both write into both."""
+    routes, residuals = block.routes, block.residuals
+    if skip is not None:
+        x, lane = with_skip(x, skip), lane if lane is None else with_skip(lane, skip)
+    lane = x if lane is None else lane
+    _, inputs, _ = block.entry(x, x0, None)
+    y = block.attend(inputs, matrices, rotary, value_embedding, kept, observe, terms)
+    written = F.linear(y, matrices.out_DD)
+    written = terms.add("out", written, y, block.attention_scale) if terms else written
+    x = residuals[0] * last(x, kept) + routes[0, 0] * written
+    lane = residuals[0] * last(lane, kept) + routes[0, 1] * written
+    _, inputs, _ = block.entry(lane, last(x0, kept), None)
+    written = block.think(torch.zeros_like(inputs), matrices, observe, terms, inputs)
+    return residuals[1] * x + routes[1, 0] * written, residuals[1] * lane + routes[1, 1] * written, x0
+
+
+class Bigrams(nn.Module):
+    """A table of pairs of tokens by their hash; the first position has a row of its own. Zero at the start."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.bigram_buckets, config.bigram_dim)
+        self.widen = nn.Linear(config.bigram_dim, config.width, bias=False)
+        self.scale = nn.Parameter(torch.tensor(BIGRAM_SCALE))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """What is added to the embedding, (B, T, D), in float32."""
+        own, before = BIGRAM_PRIMES
+        most = self.table.num_embeddings - 1
+        pairs = (own * tokens_BT[:, 1:] ^ before * tokens_BT[:, :-1]) % most
+        added: Tensor = self.widen(self.table(F.pad(pairs, (1, 0), value=most)))
+        return self.scale * added
 
 
 class ValueEmbedding(nn.Module):
@@ -165,7 +247,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Model(nn.Module):
-    """The network. `recurrent` says whether the repeated layers are run again.
+    """The network. `recurrent` says how often the repeated layers are run again.
 
     Weights are float32; `precision` is that of the stream and of the matrix products.
     """
@@ -177,10 +259,16 @@ class Model(nn.Module):
         self.blocks: list[Block] = nn.ModuleList(Block(config, layer) for layer in range(config.layers))  # type: ignore[assignment]  # a list to its readers
         has_values = config.value_embedding_dim > 0 and config.value_embedding_layers
         self.value_embedding = ValueEmbedding(config) if has_values else None
-        skip_shape = (config.layers // 2, config.width)
+        self.bigrams = Bigrams(config) if config.bigram_buckets else None
+        self.smear_gate = nn.Parameter(torch.zeros(config.width)) if config.smear else None
+        if config.untied_mlps:
+            repeats = nn.ModuleList(MLP(config) for _ in config.recurrence_layers)
+            self.repeats: list[MLP] = repeats  # type: ignore[assignment]  # a list to its readers
+        skip_shape = (config.skip_count or config.layers // 2, config.width)
         self.skip_weights = nn.Parameter(torch.ones(skip_shape)) if config.skips != "off" else None
         self.skip_gates = nn.Parameter(torch.zeros(skip_shape)) if config.skips == "gated" else None
-        self.lane_merge = nn.Parameter(torch.tensor(0.5)) if config.parallel_start_layer >= 0 else None
+        has_lanes = config.parallel == "lanes" and config.parallel_start_layer >= 0
+        self.lane_merge = nn.Parameter(torch.tensor(0.5)) if has_lanes else None
         self.head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
         self.lora: LoRA | None = None
         """What is added to the products while test-time training adapts the network; no part of its weights."""
@@ -206,13 +294,18 @@ class Model(nn.Module):
         nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
         if self.value_embedding is not None:
             nn.init.normal_(self.value_embedding.table.weight, std=VALUE_EMBEDDING_STD)
+        if self.bigrams is not None:
+            nn.init.zeros_(self.bigrams.table.weight)
+        if self.config.untied_mlps:
+            for mlp in self.repeats:
+                nn.init.zeros_(mlp.up.weight)
 
-    def layer_order(self, recurrent: bool) -> list[int]:
+    def layer_order(self, recurrent: int) -> list[int]:
         """Physical layers in the order of execution; the first half feeds the skips of the second."""
         order = list(range(self.config.layers))
-        if recurrent and self.config.has_recurrence:
+        if self.config.has_recurrence:
             loop = list(self.config.recurrence_layers)
-            order[loop[-1] + 1 : loop[-1] + 1] = loop * self.config.recurrence_passes
+            order[loop[-1] + 1 : loop[-1] + 1] = loop * recurrent
         return order
 
     def matrices(self) -> Iterator[tuple[str, nn.Linear, str]]:
@@ -224,14 +317,25 @@ class Model(nn.Module):
             yield f"{attention}.out", block.attention.out, f"{attention}.out"
             yield f"{mlp}.up", block.mlp.up, f"{mlp}.up"
             yield f"{mlp}.down", block.mlp.down, f"{mlp}.down"
+        if self.config.untied_mlps:
+            for number, repeat in enumerate(self.repeats):
+                for name in ("up", "down"):
+                    yield f"repeats.{number}.{name}", getattr(repeat, name), f"repeats.{number}.{name}"
 
     def enter(self, tokens_BT: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The embedding's stream, (B, T, D), and what is added to the values of some layers."""
         values = self.value_embedding(tokens_BT, self.precision) if self.value_embedding is not None else {}
-        return normalize(self.embedding(tokens_BT)).to(self.precision), values
+        embedded = self.embedding(tokens_BT)
+        if self.bigrams is not None:
+            embedded = embedded + self.bigrams(tokens_BT)
+        x = normalize(embedded).to(self.precision)
+        if self.smear_gate is not None:
+            gate_D = torch.sigmoid(self.smear_gate).to(x.dtype)
+            x = (1 - gate_D) * x + gate_D * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return x, values
 
     def hidden(
-        self, tokens_BT: Tensor, recurrent: bool, *, scored: int | None = None, observe: Observe | None = None
+        self, tokens_BT: Tensor, recurrent: int, *, scored: int | None = None, observe: Observe | None = None
     ) -> Tensor:
         """Normalised final states of the last `scored` positions (of all by default), (B, S, D)."""
         config, length = self.config, tokens_BT.size(1)
@@ -251,6 +355,7 @@ class Model(nn.Module):
                 x, lane, x0, skip, rotary, values.get(layer), scored=scored,
                 kept=scored if position == len(order) - 1 else length, observe=observe,
                 terms=self.lora.layers[position] if self.lora else None,
+                again=again_of(self, order, position) if config.untied_mlps else None,
             )  # fmt: skip
             if position < first_half:
                 states.append(x)
@@ -261,16 +366,17 @@ class Model(nn.Module):
 
     def _final(self, x: Tensor, lane: Tensor | None) -> Tensor:
         """The stream, merged with the MLP's lane where there is one, normalised."""
-        if lane is None or self.lane_merge is None:
+        if lane is None:
             return normalize_beside(x, 1.0)[1]
         ones = torch.ones(self.config.width, device=x.device)
-        unit = combine((x, lane), torch.stack((self.lane_merge * ones, (1 - self.lane_merge) * ones)), 1.0)[1]
+        own = 0.5 if self.lane_merge is None else self.lane_merge
+        unit = combine((x, lane), torch.stack((own * ones, (1 - own) * ones)), 1.0)[1]
         assert unit is not None, "a scale was given"
         return unit
 
     def _skip(self, states: list[Tensor], index: int) -> Skip | None:
         """The latest unused state of the first half; after the lane split it goes into the attention's lane."""
-        if self.skip_weights is None or index >= self.skip_weights.size(0):
+        if self.skip_weights is None or index >= self.skip_weights.size(0) or not states:
             return None
         weight_D = self.skip_weights[index]
         if self.skip_gates is None:
@@ -296,10 +402,27 @@ class Model(nn.Module):
             return nats.view_as(targets_BS)
         return cross_entropy(hidden_BSD, self.table(), targets_BS, self.config.logit_softcap)
 
-    def nats(self, tokens_BT: Tensor, targets_BT: Tensor, *, recurrent: bool, scored: int) -> Tensor:
+    def nats(self, tokens_BT: Tensor, targets_BT: Tensor, *, recurrent: int, scored: int) -> Tensor:
         """Cross-entropy of the last `scored` targets of each row, (B, S), in nats and float32."""
         return self.leave(self.hidden(tokens_BT, recurrent, scored=scored), targets_BT[:, -scored:])
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, recurrent: bool) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, recurrent: int) -> Tensor:
         """Mean cross-entropy of all targets, in nats."""
         return self.leave(self.hidden(tokens_BT, recurrent), targets_BT).mean()
+
+
+def again_of(model: Model, order: list[int], position: int) -> Again | None:
+    """The MLP of the extra pass, where a layer is run again."""
+    layer = order[position]
+    if layer not in order[:position]:
+        return None
+    number = model.config.recurrence_layers.index(layer)
+    return Again(model.repeats[number], f"repeats.{number}")
+
+
+@torch.no_grad()
+def begin_passes(model: Model) -> None:
+    """Give the extra pass's own MLPs the weights of those that they stand beside."""
+    for layer, mlp in zip(model.config.recurrence_layers, model.repeats, strict=True):
+        mlp.up.weight.copy_(model.blocks[layer].mlp.up.weight)
+        mlp.down.weight.copy_(model.blocks[layer].mlp.down.weight)

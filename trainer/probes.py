@@ -88,7 +88,7 @@ class Judged:
     """A scorer, and how it is asked."""
 
     scorer: Scorer
-    recurrent: bool
+    recurrent: int
     vocab_size: int
     rows: int
     """Rows of a call; what lacks rows is filled up, so that all calls have one shape and round alike."""

@@ -2,8 +2,13 @@
 
     runs/<run_id>/spec.json, train_gpt.py, source.bin  orchestrator, before launch, never changed
     runs/<run_id>/attempts/N/job.json                  orchestrator, at submission
+    runs/<run_id>/attempts/N/demands.json              orchestrator, before submission: what its nodes must offer
     runs/<run_id>/attempts/N/claim.json, env.json      worker, when the job starts
+    runs/<run_id>/attempts/N/node_check<K>.json        worker on each node, before the trainer starts: what it found
+    runs/<run_id>/attempts/N/system-M.jsonl            worker on node M, append-only: what its GPUs did
     runs/<run_id>/attempts/N/stop                      orchestrator: please stop (an empty file)
+    runs/<run_id>/attempts/N/notice                    worker: the machine is wanted back (an empty file)
+    runs/<run_id>/attempts/N/node<K>.json              worker on another node than the first: why its part failed
     runs/<run_id>/attempts/N/events.jsonl              trainer, rank 0, append-only
     runs/<run_id>/attempts/N/result.json               trainer (or worker), whole, last
     runs/<run_id>/artifact.bin, checkpoint/            trainer
@@ -37,21 +42,25 @@ POST_EMA, ROUNDTRIP, SLIDING, TTT = STAGES = ("post_ema", "roundtrip", "sliding"
 
 # Kinds of event.
 START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpoint", "warning"
+KEPT, RESTORED = "kept", "restored"  # states of a checkpoint: it ends an attempt's training, or begins it
 SCORED, LEARNED = "scored", "learned"  # of a chunk of positions: its score is fixed; later chunks may depend on it
 
 # Names of values in a metric event that the control plane reads.
 TRAIN_LOSS = "train_loss"
+VAL_LOSS = "val_loss"  # on a part of the validation split, in the middle of training; nats per token
+TOKENS_PER_SECOND = "tokens_per_second"  # over the run's training so far
 ELAPSED_FRAC = "elapsed_frac"  # part of the run's own schedule, by its own clock, that is used up after the step
 
 # Status of a result.
 COMPLETE, FAILED, STOPPED = "complete", "failed", "stopped"
 
-# Kinds of failure. The first line's are the machine's: the run is attempted again. The others belong to the configuration.
-INFRASTRUCTURE, TIMEOUT = "infrastructure", "timeout"
+# Kinds of failure. The first three are the machine's: the run is attempted again. The others belong to the configuration.
+# A node that failed, or was refused, gets no more runs after a while; who was pre-empted has only lost his place.
+INFRASTRUCTURE, NODE, PREEMPTED, TIMEOUT = "infrastructure", "node", "preempted", "timeout"
 CONFIG, DATA, OUT_OF_MEMORY, NOT_FINITE, OVER_CAP, PARITY, DISK, CODE = (
     "config", "data", "out_of_memory", "not_finite", "over_cap", "parity", "disk", "code",
 )  # fmt: skip
-RETRYABLE = frozenset({INFRASTRUCTURE})
+RETRYABLE = frozenset({INFRASTRUCTURE, NODE, PREEMPTED})
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,28 @@ class AttemptDir:
         return self.root / "claim.json"
 
     @property
+    def demands(self) -> Path:  # without it the nodes are not checked
+        return self.root / "demands.json"
+
+    def node_check(self, node: int) -> Path:  # what was found of a node of the job before the trainer started
+        return self.root / f"node_check{node}.json"
+
+    @property
     def env(self) -> Path:
         return self.root / "env.json"
+
+    def system(self, node: int = 0) -> Path:  # worker, a line a sample of the node's GPUs: unix time, a table a GPU
+        return self.root / f"system-{node}.jsonl"
 
     @property
     def stop(self) -> Path:
         return self.root / "stop"
+
+    @property
+    def notice(
+        self,
+    ) -> Path:  # not a stop: a run that may be resumed keeps a checkpoint and leaves, to be attempted again
+        return self.root / "notice"
 
     @property
     def events(self) -> Path:
@@ -95,6 +120,11 @@ class AttemptDir:
     @property
     def stderr(self) -> Path:
         return self.root / "stderr.log"
+
+    def node_failure(
+        self, node: int
+    ) -> Path:  # of a run on several nodes: what the worker on another than the first says
+        return self.root / f"node{node}.json"
 
     @property
     def scheduler(self) -> Path:  # the scheduler's own files; fresh for each attempt, so that no old answer is found
@@ -132,6 +162,10 @@ class RunDir:
         return self.root / "checkpoint" / "weights.bin"
 
     @property
+    def checkpoint(self) -> Path:  # training as the latest attempt that had to leave left it
+        return self.root / "checkpoint" / "training.bin"
+
+    @property
     def recheck(self) -> Path:  # a result: what the model file alone scores
         return self.root / "recheck.json"
 
@@ -153,6 +187,10 @@ class RunDir:
             return []
         numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())  # others were moved away
         return [self.attempt(number) for number in numbers]
+
+    def is_newest(self, attempt: AttemptDir) -> bool:
+        """Whether no later attempt owns the run: one that does not own it any more must leave without writing."""
+        return all(other.number <= attempt.number for other in self.attempts())
 
 
 # Splits of a data set.
@@ -316,6 +354,11 @@ class Result:
     artifact_sha256: str = ""
     bundle_sha256: str = ""
     final_train_loss: float | None = None
+    resumed_from: dict[str, float] = field(default_factory=dict)
+    """Training seconds of each earlier attempt that this one's training continues, by its number; they are a part of
+    `train_seconds`. Empty where it began from scratch.
+    """
+
     protocol: int = PROTOCOL
 
 

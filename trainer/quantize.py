@@ -102,10 +102,21 @@ def unclipped(model: Model, steps: Mapping[str, Tensor], factor: float = 1.0) ->
     return scales
 
 
-def grid_of(name: str, config: QuantConfig) -> Grid:
-    """The grid of a block matrix by the role in its name."""
-    is_mlp, by_std = ".mlp." in name, config.grid == "std"
-    bits = config.mlp_bits if is_mlp else config.attention_bits
+def coarse_matrices(model: Model, moments: Mapping[str, Tensor], config: QuantConfig) -> set[str]:
+    """The matrices that get one bit less: those whose inputs have the smallest second moments in all. #1260."""
+    felt = {name: float(moments[name].trace()) for name, _, _ in model.matrices()}
+    return set(sorted(felt, key=felt.__getitem__)[: config.coarse_matrices])
+
+
+def grids_of(model: Model, moments: Mapping[str, Tensor], config: QuantConfig) -> dict[str, Grid]:
+    """The grid of each block matrix by its name."""
+    coarse = coarse_matrices(model, moments, config) if config.coarse_matrices else set()
+    return {name: _grid(name, name in coarse, config) for name, _, _ in model.matrices()}
+
+
+def _grid(name: str, is_coarse: bool, config: QuantConfig) -> Grid:
+    is_mlp, by_std = ".attention." not in name, config.grid == "std"
+    bits = (config.mlp_bits if is_mlp else config.attention_bits) - is_coarse
     return Grid(
         FISHER_BITS if config.grid == "fisher" else bits,
         by_std * (config.mlp_clip_std if is_mlp else config.attention_clip_std),
@@ -117,9 +128,10 @@ def _round_matrices(
 ) -> None:
     """Round the block matrices, those of one shape and grid side by side."""
     alike: dict[tuple[torch.Size, Grid], list[tuple[str, Tensor]]] = {}
+    grids = grids_of(model, moments, config)
     for name, linear, _ in model.matrices():
         weight = linear.weight.detach()
-        alike.setdefault((weight.shape, grid_of(name, config)), []).append((name, weight))
+        alike.setdefault((weight.shape, grids[name]), []).append((name, weight))
     for (_, grid), members in alike.items():
         names, weights = zip(*members, strict=True)
         read = torch.stack([moments[name] for name in names]) if config.method == "gptq" and moments else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.config import OptimConfig, ScheduleConfig
+from trainer.config import Config, OptimConfig, ScheduleConfig
 
 
 def lr_multiplier(elapsed_frac: float, *, warmdown_frac: float, floor: float) -> float:
@@ -19,9 +19,14 @@ def muon_momentum(step: int, optim: OptimConfig) -> float:
     return optim.muon_momentum_start + ramp_frac * (optim.muon_momentum - optim.muon_momentum_start)
 
 
-def is_recurrent(step: int, elapsed_frac: float, schedule: ScheduleConfig) -> bool:
-    """Whether the repeated layers run at this point; both conditions must have been reached."""
-    return step >= schedule.recurrence_start_step and elapsed_frac >= schedule.recurrence_start_frac
+def extra_passes(step: int, elapsed_frac: float, config: Config) -> int:
+    """How often the repeated layers run again at this point; both conditions must have been reached."""
+    schedule = config.schedule
+    if step < schedule.recurrence_start_step or elapsed_frac < schedule.recurrence_start_frac:
+        return 0
+    if schedule.recurrence_full_frac and elapsed_frac < schedule.recurrence_full_frac:
+        return 1
+    return config.model.recurrence_passes
 
 
 def elapsed_fraction(step: int, train_seconds: float, *, schedule: ScheduleConfig, budget_seconds: float) -> float:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trainer.calibration import calibration_seconds
+from trainer.checkpoint import Checkpoint, State
 from trainer.config import Config
 from trainer.data import Dataset, TrainLoader
 from trainer.distributed import World
 from trainer.errors import CaddieError, ConfigError
 from trainer.graphs import Recorded, compilations
-from trainer.model import Model
+from trainer.model import Model, begin_passes
 from trainer.optim import Optimizers, WeightAverage, gradients_of
 from trainer.protocol import PHASE, WARNING, EventLog
-from trainer.schedule import elapsed_fraction, is_recurrent, lr_multiplier, muon_momentum
+from trainer.schedule import elapsed_fraction, extra_passes, lr_multiplier, muon_momentum
 
 # Dimensions: B sequences, T tokens of a sequence.
 
@@ -40,8 +41,8 @@ class Outcome:
     tokens: int
     train_seconds: float
     final_train_loss: float
-    is_recurrent: bool
-    """Whether the repeated layers were on at the end: the model is scored as it was trained."""
+    recurrent: int
+    """Extra passes through the repeated layers at the end: the model is scored as it was trained."""
 
     was_stopped: bool
 
@@ -67,6 +68,12 @@ class TrainClock:
         self.step_seconds.append(now - self.last)
         self.last = now
 
+    def go_on(self, seconds: float, step_seconds: Iterable[float]) -> None:
+        """Count on from what earlier attempts took, in all and for their latest steps."""
+        self.step_seconds.extend(step_seconds)
+        self.last = time.perf_counter()
+        self.started = self.last - seconds
+
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
@@ -83,7 +90,7 @@ class Network:
         self.gradients = gradients_of(model, world)
         self.accumulate = Recorded(self._accumulate, is_pure=False)
 
-    def _accumulate(self, tokens_BT: Tensor, weight: Tensor, *, recurrent: bool) -> Tensor:
+    def _accumulate(self, tokens_BT: Tensor, weight: Tensor, *, recurrent: int) -> Tensor:
         """Add the gradient of `weight` times the mean loss of these sequences to the gradients; the mean loss."""
         loss: Tensor = self.model(tokens_BT[:, :-1], tokens_BT[:, 1:], recurrent)
         loss.backward(weight)
@@ -102,7 +109,7 @@ class Network:
                 self.accumulate.record(part, torch.ones((), device=part.device), recurrent=recurrent)
         self.gradients.all.zero_()
 
-    def backward(self, batch_BT: Tensor, recurrent: bool) -> Tensor:
+    def backward(self, batch_BT: Tensor, recurrent: int) -> Tensor:
         """Accumulate this process's share of the gradient of the step's mean loss; returns its sequences' mean loss."""
         total = torch.zeros((), device=self.world.device)
         for part, share in self.parts(batch_BT):
@@ -126,9 +133,12 @@ def sequences_per_process(config: Config, world: World) -> int:
     return sequences // world.size
 
 
-def depths(config: Config) -> tuple[bool, ...]:
+def depths(config: Config) -> list[int]:
     """Values of `recurrent` that a run goes through."""
-    return (False, True) if config.model.has_recurrence else (False,)
+    if not config.model.has_recurrence:
+        return [0]
+    most = config.model.recurrence_passes
+    return [0, most] if not config.schedule.recurrence_full_frac or most == 1 else [0, 1, most]
 
 
 def random_batch(config: Config, world: World) -> Tensor:
@@ -174,10 +184,11 @@ def order_seed(config: Config, seed: int) -> int:
 
 def train(
     model: Model, network: Network, dataset: Dataset, *, config: Config, seed: int, world: World, log: EventLog,
-    reserve: float, stop_asked: Callable[[], bool],
+    reserve: float, stop_asked: Callable[[], bool], checkpoint: Checkpoint | None = None,
 ) -> Outcome:  # fmt: skip
     """Train until the budget less the reserve (in seconds), the last step or a stop; leaves the averaged weights in the model.
 
+    With a checkpoint it goes on from there, and keeps another where it ends: what follows may be cut off too.
     Raises NotFiniteError.
     """
     schedule = config.schedule
@@ -186,9 +197,16 @@ def train(
     optimizers = Optimizers(model, config.optim, world, network.gradients)
     average = WeightAverage(model, config.optim.ema_decay)
     budget_seconds = config.limits.train_seconds - reserve
-    step, recurrent, was_stopped, loss = 0, False, False, torch.tensor(math.nan)
+    step, recurrent, was_stopped, loss = 0, 0, False, torch.tensor(math.nan)
     surprises = network.surprises()
+    state = State(model, optimizers, average, world) if checkpoint else None
+    reached = checkpoint.restored(state) if checkpoint and state else None
+    if reached:
+        loader.skip(reached.step, sequences)
+        step, recurrent, loss = reached.step, reached.recurrent, torch.tensor(reached.loss)
     clock = TrainClock(world)
+    if reached:
+        clock.go_on(sum(reached.seconds.values()), reached.step_seconds)
 
     while step < schedule.steps:
         # The first process's clock and signals decide for all.
@@ -199,15 +217,17 @@ def train(
         frac = elapsed_fraction(step, seconds, schedule=schedule, budget_seconds=budget_seconds)
         lr_scale = lr_multiplier(frac, warmdown_frac=schedule.warmdown_frac, floor=schedule.lr_floor)
         momentum = muon_momentum(step, config.optim)
-        if config.model.has_recurrence and not recurrent and is_recurrent(step, frac, schedule):
-            recurrent = True
+        if config.model.has_recurrence and extra_passes(step, frac, config) > recurrent:
+            recurrent = extra_passes(step, frac, config)
+            if config.model.untied_mlps:
+                begin_passes(model)
             log.emit(
                 PHASE,
                 name="recurrence",
                 state="on",
                 step=step,
                 train_seconds=round(seconds, 4),
-                layers=model.layer_order(True),
+                layers=model.layer_order(recurrent),
             )
 
         batch = world.moved(loader.next(sequences, world.rank, world.size))
@@ -236,8 +256,13 @@ def train(
     world.synchronize()
     train_seconds = clock.seconds()
     final_train_loss = float(world.sum(loss.to(world.device).clone())) / world.size
+    if checkpoint and state and step:
+        checkpoint.keep(
+            state, step=step, recurrent=recurrent, train_seconds=train_seconds, step_seconds=clock.step_seconds,
+            loss=final_train_loss,
+        )  # fmt: skip
     average.apply()
     return Outcome(
         steps=step, tokens=step * config.data.tokens_per_step, train_seconds=train_seconds,
-        final_train_loss=final_train_loss, is_recurrent=recurrent, was_stopped=was_stopped,
+        final_train_loss=final_train_loss, recurrent=recurrent, was_stopped=was_stopped,
     )  # fmt: skip

@@ -42,7 +42,7 @@ def require_parity(plain_loss: float, ttt_loss: float) -> float:
 
 
 def learners(
-    model: Model, config: TTTConfig, *, recurrent: bool, adapters: int, device: torch.device
+    model: Model, config: TTTConfig, *, recurrent: int, adapters: int, device: torch.device
 ) -> list[nn.Parameter]:
     """What learns; all else is frozen. Under `lora`, so many adapters side by side are put into the model."""
     if config.method == "lora":
@@ -79,7 +79,7 @@ class ChunkAdapter:
         *,
         config: TTTConfig,
         length: int,
-        recurrent: bool,
+        recurrent: int,
         world: World,
     ) -> None:
         self.model, self.stream, self.config, self.length = model, stream, config, length
@@ -121,7 +121,7 @@ class ChunkAdapter:
 class DocumentAdapter:
     """Learns from several documents side by side, each by an adapter of its own that ends with it."""
 
-    def __init__(self, model: Model, *, config: TTTConfig, recurrent: bool, world: World) -> None:
+    def __init__(self, model: Model, *, config: TTTConfig, recurrent: int, world: World) -> None:
         self.model, self.config, self.recurrent = model, config, recurrent
         self.weights = learners(
             model, config, recurrent=recurrent, adapters=config.batch_documents, device=world.device

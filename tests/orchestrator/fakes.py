@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orchestrator.home import Home
 from orchestrator.ledger import StudyState, Trial
+from orchestrator.ports import Ending, OpenJob
 from orchestrator.slots import JobResources
 from orchestrator.study import Study, parse_study
 from trainer import protocol
@@ -66,8 +67,12 @@ slots = {slots}
 """
 
 
-def tiny_study(**changes: Any) -> Study:
-    return parse_study(study_text(**changes))
+UNCHECKED = "preflight = false"
+"""For a study's [resources]: the data set of the fakes has no files that a node could check."""
+
+
+def tiny_study(*, resources: str = "", **changes: Any) -> Study:
+    return parse_study(study_text(resources=f"{UNCHECKED}\n{resources}", **changes))
 
 
 @dataclass
@@ -128,6 +133,7 @@ class FakeLauncher:
     """Ends each attempt a few polls after its submission, as the behaviour of its (seed, attempt) says."""
 
     behaviours: dict[Any, Behaviour] = field(default_factory=dict)
+    has_queue = False
     polls: int = 2
     submitted: list[tuple[str, int, str]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -170,6 +176,15 @@ class FakeLauncher:
         if result is not None:
             protocol.write_result(attempt.result, result)
 
+    def look(self, jobs: Collection[OpenJob]) -> list[str]:
+        return []
+
+    def ending(self, attempt: AttemptDir, *, tag: str) -> Ending | None:
+        return None
+
+    def nodes_of(self, attempt: AttemptDir, *, tag: str) -> tuple[str, ...]:
+        return ()
+
     def find(self, attempt: AttemptDir, *, tag: str) -> str | None:
         return "found" if tag in self.alive else None
 
@@ -196,7 +211,7 @@ class Listener:
     def nudge(self) -> None:
         self.nudges += 1
 
-    def close(self) -> None:
+    def close(self, timeout: float = 60.0) -> None:
         self.closed += 1
 
 

@@ -5,10 +5,11 @@ from fakes import FakeLauncher, FakeSearch, Listener, failed, scored, tiny_study
 from make_controller import Killed, controller, die_at
 
 from orchestrator import attempts, ledger
-from orchestrator.errors import DataError, ProtocolError, StorageError, StudyFailed
+from orchestrator.errors import ConfigError, DataError, ProtocolError, StorageError, StudyFailed
 from orchestrator.launcher import LocalLauncher
+from orchestrator.ports import Ending, Unanswered
 from trainer import protocol
-from trainer.protocol import DATA, DISK, INFRASTRUCTURE
+from trainer.protocol import DATA, DISK, INFRASTRUCTURE, NODE, PREEMPTED
 
 
 def test_a_run_that_another_study_works_on_is_waited_for(home):
@@ -267,3 +268,134 @@ def test_a_run_whose_directory_was_deleted_under_way_is_planned_and_run_again(ho
     state = controller(tiny_study(trials=1, confirm=None), home, launcher=Deleting()).run()
     assert [a.failure for a in state.attempts.values()] == [INFRASTRUCTURE, None]
     assert home.run(state.run_ids[0]).spec.exists()
+
+
+class Silent(FakeLauncher):
+    """Gives no answer for a while, and may have taken the job all the same."""
+
+    def __init__(self, *, silences=2, takes=False, **fields):
+        super().__init__(**fields)
+        self.silences, self.takes = silences, takes
+        self.questions = 0
+
+    def submit(self, run, attempt, *, tag, resources):
+        if self.silences:
+            self.silences -= 1
+            if self.takes:
+                super().submit(run, attempt, tag=tag, resources=resources)
+            raise Unanswered("sbatch: Socket timed out")
+        return super().submit(run, attempt, tag=tag, resources=resources)
+
+    def find(self, attempt, *, tag):
+        self.questions += 1
+        if self.questions == 1:
+            raise Unanswered("squeue: Socket timed out")
+        return super().find(attempt, tag=tag)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_submission_without_an_answer_is_made_again_only_if_the_scheduler_has_no_job_of_the_name(
+    home, monkeypatch, takes
+):
+    monkeypatch.setattr(attempts, "ASK_AGAIN_SECONDS", 0.0)
+    launcher, listener = Silent(silences=1 if takes else 2, takes=takes, polls=20), Listener()
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher, listener=listener).run()
+    assert len(launcher.submitted) == 1 and state.trials[0].state == "complete"
+    assert [a.number for a in state.attempts.values()] == [1] and launcher.questions > 1
+    assert any("sbatch: Socket timed out; asked again until it answers" in note for note in listener.notes)
+
+
+def test_a_job_that_ended_while_nobody_could_ask_is_not_submitted_again(home, monkeypatch):
+    monkeypatch.setattr(attempts, "ASK_AGAIN_SECONDS", 0.0)
+
+    class Ends(Silent):
+        def find(self, attempt, *, tag):
+            run = home.run(attempt.root.parent.parent.name)
+            protocol.write_result(attempt.result, scored(run, attempt, protocol.read_spec(run.spec)))
+
+    launcher = Ends(silences=1)
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
+    assert launcher.submitted == [] and state.trials[0].state == "complete"
+
+
+def test_a_restart_waits_for_a_scheduler_that_does_not_answer_and_follows_the_rest(home, monkeypatch):
+    monkeypatch.setattr(attempts, "ASK_AGAIN_SECONDS", 0.0)
+    study = tiny_study(trials=1, confirm=None)
+    killed_before_submitted(home, study, FakeLauncher())
+    launcher = Silent(silences=0)
+    state = controller(study, home, launcher=launcher).run()
+    assert len(launcher.submitted) == 1 and launcher.questions == 2 and state.trials[0].state == "complete"
+
+
+def test_what_was_never_submitted_is_submitted_with_the_resources_that_were_mended_meanwhile(home):
+    class Refusing(FakeLauncher):
+        def submit(self, run, attempt, *, tag, resources):
+            raise ConfigError("sbatch refuses the job: too long")
+
+    with pytest.raises(ConfigError, match="too long"):
+        controller(tiny_study(trials=1, confirm=None, resources="timeout_minutes = 9"), home, launcher=Refusing()).run()
+    study = tiny_study(trials=1, confirm=None, resources="timeout_minutes = 3")
+    state = controller(study, home).run()
+    (attempt,) = state.attempts.values()
+    assert (attempt.number, attempt.resources["timeout_seconds"], attempt.status) == (1, 180.0, "complete")
+
+
+class Cluster(FakeLauncher):
+    """Runs everything on one node, and says how what left no result ended."""
+
+    has_queue = True
+
+    def __init__(self, kind, **fields):
+        super().__init__(**fields)
+        self.kind = kind
+
+    def ending(self, attempt, *, tag):
+        return Ending(kind=self.kind, message=f"the scheduler says {self.kind}")
+
+    def nodes_of(self, attempt, *, tag):
+        return ("node7",)
+
+
+@pytest.mark.parametrize("kind", [NODE, PREEMPTED, INFRASTRUCTURE])
+def test_why_an_attempt_left_no_result_is_the_schedulers_to_say(home, kind):
+    launcher = Cluster(kind, behaviours={(1, 1): lambda *a: None})
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
+    first, second = state.attempts.values()
+    assert (first.failure, first.nodes, second.status) == (kind, ("node7",), "complete")
+    lost = protocol.read_result(home.run(first.run_id).attempt(1).result)
+    assert lost.failure.message == f"the scheduler says {kind}"
+    assert launcher.cancelled == [first.tag], "what is left of it, on a node that is not heard, say"
+
+
+def test_a_run_may_be_pre_empted_more_often_than_it_may_fail(home):
+    launcher = Cluster(PREEMPTED, behaviours={(1, n): (lambda *a: None) for n in range(1, 6)})
+    study = tiny_study(trials=1, confirm=None, resources="max_attempts = 1")
+    state = controller(study, home, launcher=launcher).run()
+    assert [a.failure for a in state.attempts.values()] == [PREEMPTED] * 5 + [None]
+    assert state.excluded_nodes == []
+
+
+def test_a_run_that_is_pre_empted_for_ever_comes_to_an_end(home, monkeypatch):
+    monkeypatch.setattr(ledger, "MOST_PREEMPTIONS", 4)
+    launcher = Cluster(PREEMPTED, behaviours={"*": lambda *a: None})
+    with pytest.raises(StudyFailed, match="preempted: the scheduler says preempted"):
+        controller(tiny_study(trials=1, confirm=None, resources="max_attempts = 2"), home, launcher=launcher).run()
+    assert len(launcher.submitted) == 6
+
+
+def test_a_trainer_that_left_on_notice_was_pre_empted(home):
+    def noticed(run, attempt, spec):
+        attempt.notice.touch()
+        return scored(run, attempt, spec, status=protocol.STOPPED, scores={})
+
+    launcher = FakeLauncher(behaviours={(1, 1): noticed})
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher).run()
+    assert [a.failure for a in state.attempts.values()] == [PREEMPTED, None]
+
+
+def test_time_in_a_queue_is_neither_charged_nor_counted(home):
+    launcher = Cluster(INFRASTRUCTURE, polls=20)
+    study = tiny_study(trials=1, confirm=None, resources="timeout_minutes = 0.0001")
+    state = controller(study, home, launcher=launcher).run()
+    (attempt,) = state.attempts.values()
+    assert (attempt.status, attempt.seconds, launcher.cancelled) == ("complete", 0.0, [])

@@ -1,10 +1,20 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from make_study import make_study
 
-from orchestrator.charts import MOST_POINTS, charts, figure_json, importance_chart, log_ticks, loss_chart
+from orchestrator.charts import (
+    MOST_POINTS,
+    bytes_chart,
+    charts,
+    figure_json,
+    importance_chart,
+    log_ticks,
+    loss_chart,
+    pareto_front,
+)
 from orchestrator.evidence import Curve, gather, read_curves
 
 NAME = "wd-qk-ttt-smoke"
@@ -19,9 +29,33 @@ def test_a_finished_study_has_every_plot(home):
     evidence = gather(home, NAME)
     found = charts(evidence, read_curves(home, evidence)[0], {"ttt.lr": 0.7, "model.qk_gain": 0.3})
     assert [chart.name for chart in found] == [
-        "seeds", "trials", "knobs", "importance", "stages", "loss-by-step", "loss-by-seconds",
+        "seeds", "stages", "loss-by-step", "loss-by-seconds", "loss-by-tokens", "trials", "front", "knobs", "importance", "bytes",
     ]  # fmt: skip
-    assert len(found[2].figures) == 3
+    assert len(next(chart for chart in found if chart.name == "knobs").figures) == 3
+
+
+def test_a_curve_by_tokens_counts_the_tokens_of_its_steps(home):
+    evidence = gather(home, NAME)
+    curves, _ = read_curves(home, evidence)
+    [figure] = loss_chart(curves, by="tokens").figures
+    assert max(max(line.x) for line in figure.data) == 120 * curves[0].tokens_per_step
+    assert loss_chart([replace(curve, tokens_per_step=0) for curve in curves], by="tokens") is None
+
+
+def test_the_front_holds_what_no_other_beats_in_both():
+    points = [(3, 1.0), (1, 3.0), (2, 2.0), (2, 2.5), (4, 1.0), (3, 1.0)]
+    assert pareto_front(points) == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    assert pareto_front([]) == []
+
+
+def test_bytes_fall_to_the_groups_where_the_model_file_can_be_read(home):
+    evidence = gather(home, NAME)
+    first = evidence.arms[0].runs[0]
+    [figure] = bytes_chart(evidence, {first.run_id: {"MLP": 7, "attention": 5}}).figures
+    assert [bar.name for bar in figure.data] == ["code", "MLP", "attention", "model"]
+    assert figure.data[1].x[0] == 7
+    assert figure.data[3].x[0] == 0
+    assert figure.data[3].x[1] == evidence.arms[0].runs[1].result.model_bytes
 
 
 def test_the_loss_plot_has_a_line_a_run_and_names_each_group_once(home):

@@ -411,3 +411,34 @@ def test_the_command_to_go_on_with_is_one_that_the_shell_finds(monkeypatch, tmp_
     assert cli.command_name() == f"'{installed}'"
     monkeypatch.setenv("PATH", str(installed.parent))
     assert cli.command_name() == "caddie"
+
+
+def test_two_arms_are_compared_and_an_unmet_rule_fails_the_command(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_study(home)
+    assert caddie(home, "compare", NAME, f"{NAME}:preset") == 0
+    told = capsys.readouterr().out
+    assert "pg-readme: the written rule" in told
+    assert "pg-leaderboard: the applied rule" in told
+    assert caddie(home, "compare", NAME, f"{NAME}:preset", "--gate", "pg-readme", "--paired") == 10
+    assert "power: these seeds find" in capsys.readouterr().out
+    assert caddie(home, "compare", NAME, "2.9", "--gate", "pg-readme-constant", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["verdicts"][0]["is_met"] is True
+
+
+def test_what_weakens_a_comparison_goes_to_stderr(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "compare", "pr1769", "pr1736") == 0
+    assert "7 runs of the configuration were started, 5 are compared" in capsys.readouterr().err
+
+
+def test_an_unknown_rule_is_refused_with_the_nearest(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "compare", "pr1769", "pr1736", "--gate", "pg-reedme") == 3
+    assert "did you mean 'pg-readme'?" in capsys.readouterr().err
+
+
+def test_a_report_is_against_what_is_asked_for(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    assert caddie(home, "report", NAME, "--against", "2.9", "--gate", "pg-readme-constant") == 0
+    assert "met: pg-readme-constant" in capsys.readouterr().out
+    assert caddie(home, "report", NAME, "--against", "nothing") == 3

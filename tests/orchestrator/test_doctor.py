@@ -198,7 +198,7 @@ def test_a_damaged_mlflow_database_names_the_rebuild(tmp_path):
 def test_a_study_at_work_a_closed_one_and_a_damaged_ledger_are_told_apart(tmp_path):
     home = make_study(tmp_path)
     assert doctor.study(home, NAME) is None
-    with lock.held(home.study(NAME).lock):
+    with lock.held(home.study(NAME)):
         found = doctor.study(home, NAME)
     assert found is not None
     assert found.found.endswith("works on it")

@@ -1,3 +1,5 @@
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -5,6 +7,9 @@ from make_study import Maker, make_record, make_study, put_verdict, sampled_para
 
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import UNREADABLE, gather, read_curves, study_names
+from orchestrator.tables import attempts_table
+from trainer import protocol
+from trainer.protocol import EventLog
 
 NAME = "wd-qk-ttt-smoke"
 
@@ -141,3 +146,49 @@ def test_a_damaged_verification_is_named_and_its_run_keeps_its_scores(tmp_path):
     evidence = gather(home, NAME)
     assert [str(home.run(run.run_id).verify) in problem for problem in evidence.problems] == [True]
     assert evidence.arms[0].runs[0].bpb("ttt") == run.bpb("ttt")
+
+
+def resumed(home, run, earlier):
+    """Say in the result of the run's last attempt what it continued."""
+    path = home.run(run.run_id).attempts()[-1].result
+    protocol.write_result(path, replace(protocol.read_result(path), resumed_from=earlier))
+
+
+@pytest.mark.parametrize(
+    ("earlier", "began"),
+    [({}, "attempt 2 began from scratch"), ({"1": 12.34}, "went on after 12.3 s of attempt 1")],
+)
+def test_a_later_attempt_says_how_it_began_in_the_list_of_started_runs(tmp_path, earlier, began):
+    home = make_study(tmp_path)
+    run = gather(home, NAME).trials[2].runs[0]
+    resumed(home, run, earlier)
+    evidence = gather(home, NAME)
+    attempts = [attempt for attempt in evidence.attempts if attempt.run_id == run.run_id]
+    assert [attempt.began for attempt in attempts] == ["", began]
+    assert any(cell == began for row in attempts_table(evidence).rows for cell in row)
+
+
+def test_a_record_run_that_was_begun_again_warns_of_it(tmp_path):
+    maker = Maker(tmp_path)
+    (run,) = maker.ask_arm("preset", 0, sampled_params(maker.study, 0), (42,)).values()
+    maker.fail(run, "infrastructure", "the node went away")
+    maker.complete(run, number=2)
+    (arm,) = gather(maker.home, NAME).arms
+    assert arm.runs[0].warned == ("attempt 2 began from scratch",)
+
+
+def test_the_curve_of_a_resumed_run_is_whole(tmp_path):
+    home = make_study(tmp_path)
+    evidence = gather(home, NAME)
+    run = evidence.trials[2].runs[0]
+    second = home.run(run.run_id).attempts()[-1]
+    events = second.events.read_bytes()
+    steps = next(c.steps for c in read_curves(home, evidence)[0] if c.run == run)
+    assert steps[0] < 30 < steps[-1]
+    half = [line for line in events.splitlines(keepends=True) if json.loads(line).get("step", 99) > 20]
+    second.events.write_bytes(b"")
+    EventLog(second.events).emit(protocol.CHECKPOINT, state=protocol.RESTORED, step=20, attempts=["1"])
+    with second.events.open("ab") as file:
+        file.writelines(half)
+    curve = next(c for c in read_curves(home, evidence)[0] if c.run == run)
+    assert curve.steps == steps

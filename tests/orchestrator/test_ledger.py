@@ -7,7 +7,7 @@ from fakes import subprocess_environment
 from orchestrator import ledger
 from orchestrator.errors import ProtocolError, StorageError
 from orchestrator.ledger import Attempt, Ledger, OpenLedger, StudyState, Trial
-from trainer.protocol import read_lines
+from trainer.protocol import INFRASTRUCTURE, NODE, PREEMPTED, read_lines
 
 
 def ask(book, number, **params):
@@ -185,3 +185,37 @@ def test_what_is_not_on_disk_has_not_been_decided(tmp_path):
     with pytest.raises(StorageError):
         book.decide(ledger.CLOSED, reason=ledger.HALTED)
     assert (book.now.closed, book.decisions) == (None, 0)
+
+
+def after(*endings):
+    """The state after attempts that ended so: (time, node, failure or None, whether it was refused)."""
+    records = []
+    for number, (seconds, node, failure, is_refused) in enumerate(endings, start=1):
+        common = {"run_id": f"run{number}", "attempt": 1, "time": seconds}
+        records += [
+            {"kind": ledger.SUBMITTING, "tag": "t", "resources": {}, **common},
+            {"kind": ledger.ENDED, "status": "failed" if failure else "complete", "failure": failure, "seconds": 1.0,
+             "gpus": 8, "nodes": [node], "is_refused": is_refused, **common},
+        ]  # fmt: skip
+    return ledger.replay(records)
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize(
+    ("endings", "excluded"),
+    [
+        ([(0, "a", NODE, False)], []),
+        ([(0, "a", NODE, False), (HOUR, "a", NODE, False)], ["a"]),
+        ([(0, "a", NODE, False), (HOUR, "b", NODE, False)], []),
+        ([(0, "a", NODE, False), (1, "a", NODE, False), (2, "a", NODE, False)], []),  # one crash, three runs
+        ([(0, "a", NODE, False), (HOUR, "a", None, False), (2 * HOUR, "a", NODE, False)], []),
+        ([(0, "a", NODE, False), (-HOUR, "a", NODE, False)], ["a"]),  # the clock was set back
+        ([(0, "a", NODE, True)], ["a"]),
+        ([(0, "a", INFRASTRUCTURE, False), (HOUR, "a", PREEMPTED, False)], []),
+        ([(0, "a", NODE, True), (HOUR, "a", None, False)], ["a"]),
+    ],
+)
+def test_a_node_is_excluded_when_it_was_refused_or_crashed_twice_with_nothing_completed_in_between(endings, excluded):
+    assert after(*endings).excluded_nodes == excluded

@@ -151,9 +151,54 @@ def test_the_experiment_has_a_description_and_a_view_with_the_studys_columns(mir
     assert experiment.tags["mlflow.note.content"].startswith("Do Muon's weight decay")
     found = MlflowStore(home).client.search_runs([experiment.experiment_id], view["searchFilter"])
     assert {run.data.tags["caddie.level"] for run in found} == {"trial", "arm"}
+    base, end = f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=", "&workflowType=machine_learning"
     assert view_paths(home) == {
-        NAME: f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey=caddie&workflowType=machine_learning"
+        NAME: f"{base}caddie{end}",
+        f"{NAME}, charts": f"{base}caddie&compareRunsMode=CHART{end}",
+        f"{NAME}, curves": f"{base}caddie-curves&compareRunsMode=CHART{end}",
     }
+
+
+def test_the_views_have_charts_of_metrics_and_knobs_that_are_there(mirrored):
+    home, runs = mirrored
+    tags = MlflowStore(home).client.get_experiment_by_name(NAME).tags
+    trials, curves = (json.loads(tags[f"mlflow.sharedViewState.{name}"]) for name in ("caddie", "caddie-curves"))
+    trial, seed = runs["trial/0"].data, runs["trial/0/seed/1"].data
+    drawn = {chart["metricKey"] for chart in curves["compareRunCharts"]}
+    assert {"train_loss", "by_ms/train_loss", "ttt_bpb", "final/ttt_bpb"} <= drawn & set(seed.metrics)
+    [together] = [chart for chart in trials["compareRunCharts"] if chart["type"] == "PARALLEL"]
+    assert set(together["selectedParams"]) <= set(trial.params)
+    assert set(together["selectedMetrics"]) <= set(trial.metrics)
+    for view in (trials, curves):
+        sections = {section["uuid"] for section in view["compareRunSections"]}
+        assert {chart["metricSectionId"] for chart in view["compareRunCharts"]} == sections
+        uuids = [chart["uuid"] for chart in view["compareRunCharts"]]
+        assert len(set(uuids)) == len(uuids)
+
+
+def test_descriptions_lead_to_the_best_trial_the_arms_the_report_and_the_files(mirrored):
+    _, runs = mirrored
+    note = runs["study"].data.tags["mlflow.note.content"]
+    for key in ("arm/best", "arm/preset"):
+        assert f"/runs/{runs[key].info.run_id})" in note
+    assert f"/runs/{runs['study'].info.run_id}/artifacts/report/report.html)" in note
+    note = runs["arm/best/seed/42"].data.tags["mlflow.note.content"]
+    assert f"/runs/{runs['arm/best'].info.run_id})" in note
+    assert "/artifacts/result.json)" in note
+
+
+def test_what_the_gpus_did_is_on_the_page_of_system_metrics(tmp_path, in_home):
+    home = in_home(make_study(tmp_path))
+    [run_id, *_] = ledger.Ledger(home.study(NAME).ledger).state().arms["best"].runs.values()
+    attempt = home.run(run_id).attempt(1)
+    for second, load in ((0, 91.0), (10, 97.0)):
+        counters = {"utilization_percentage": load, "memory_usage_mebibytes": 61_000.0}
+        protocol.append_line(attempt.system(), {"time": 1_767_225_600.0 + second, "gpus": {"0": counters, "3": counters}})
+    protocol.append_line(attempt.system(1), {"time": 1_767_225_600.0, "gpus": {"0": {"power_usage_watts": 640.0}}})
+    assert Mirror(home).sync(NAME) == []
+    run = runs_by_key(home)["arm/best/seed/42"]
+    assert [value for *_, value in points(home, run, "system/gpu_3_utilization_percentage")] == [91.0, 97.0]
+    assert run.data.metrics["system/node_1_gpu_0_power_usage_watts"] == 640.0
 
 
 def test_a_restarted_mirror_adds_nothing_to_what_is_there(tmp_path, in_home):

@@ -41,7 +41,7 @@ def test_a_study_without_a_controller_before_its_end_was_left(searching: Home) -
 
 
 def test_a_study_with_a_controller_is_running_and_names_it(searching: Home) -> None:
-    with lock.held(searching.study(NAME).lock):
+    with lock.held(searching.study(NAME)):
         found = oversight.status(searching, NAME)
     assert found.state == "running"
     assert f"{NAME}: running (process " in oversight.as_text(found)
@@ -74,7 +74,7 @@ def test_an_unknown_study_is_refused_with_the_known_ones(searching: Home) -> Non
 def test_a_working_controller_is_asked_through_the_studys_stop_file(
     searching: Home, cancel: bool, content: str
 ) -> None:
-    with lock.held(searching.study(NAME).lock):
+    with lock.held(searching.study(NAME)):
         said = oversight.ask_to_stop(searching, NAME, cancel=cancel)
     assert searching.study(NAME).stop.read_text() == content
     assert "asked its controller" in said

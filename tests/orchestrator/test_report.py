@@ -5,6 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 from make_study import (
+    BUNDLE,
+    CODE,
     SMOKE,
     Maker,
     confirm,
@@ -19,7 +21,9 @@ from make_study import (
 from orchestrator import ledger
 from orchestrator.evidence import gather
 from orchestrator.report import claim, render_text, write_report
+from orchestrator.runs import RunRequest
 from orchestrator.statistics import difference
+from orchestrator.study import load_preset
 
 NAME = "wd-qk-ttt-smoke"
 
@@ -47,16 +51,17 @@ class Page(HTMLParser):
             self.headings.append(data.strip())
 
 
-@pytest.fixture
-def finished(tmp_path):
-    home = make_study(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished study and its report, for tests that only read."""
+    home = make_study(tmp_path_factory.mktemp("finished"))
     return home, write_report(home, NAME)
 
 
-def test_a_report_is_four_files_in_the_studys_folder(finished):
+def test_a_report_is_five_files_in_the_studys_folder(finished):
     home, report = finished
     names = {path.name for path in home.study(NAME).report.iterdir()}
-    assert names == {"report.html", "report.md", "report.json", "record.csv"}
+    assert names == {"report.html", "report.md", "report.json", "record.csv", "runs.csv"}
     assert report.page == home.study(NAME).report_page
 
 
@@ -72,14 +77,119 @@ def test_the_page_holds_every_plot_and_table_and_each_link_leads_somewhere(finis
     home, report = finished
     page = Page(report.page.read_text())
     assert page.headings == [
-        "Record: best", "Record: preset", "Seeds", "Trials and best so far", "Value by knob", "Knob importance",
-        "Bits per byte by stage", "Loss by step", "Loss by seconds", "Knobs", "Stages", "Bytes", "Phases", "Trials", "Started runs",
+        "Gates", "Record: best", "Record: preset", "Seeds", "Bits per byte by stage", "Tests", "At equal steps and equal time",
+        "Loss by step", "Loss by seconds", "Loss by tokens", "Trials and best so far", "Score and size", "Value by knob",
+        "Knob importance", "Bytes by group", "Knobs", "Stages", "Bytes", "Phases", "Throughput", "Trials", "Started runs",
+        "The whole family", "Cited lines", "What it was made of", "How to repeat it",
     ]  # fmt: skip
     for target in page.targets:
         if target.startswith("#"):
             assert target[1:] in page.ids
         else:
-            assert (home.study(NAME).report / target).resolve().is_file()
+            path, _, line = target.partition("#L")
+            text = (home.study(NAME).report / path).resolve().read_text()
+            assert not line or int(line) <= text.count("\n")
+
+
+def test_a_number_of_the_record_links_to_the_line_that_it_stands_on(finished):
+    home, report = finished
+    run = report.evidence.arms[0].runs[0]
+    line = run.lines["/scores/ttt/bpb"]
+    source = (home.root / run.source).read_text().splitlines()
+    assert source[line - 1].strip() == f'"bpb": {run.bpb("ttt")},'
+    shown = f"[{run.bpb('ttt'):.5f}](../../../{run.source}#L{line})"
+    record = report.text.read_text().split("## Record: preset")[0]
+    assert shown in record
+    title = f'title="{run.source}:{line} /scores/ttt/bpb"'
+    assert title in report.page.read_text()
+    with report.record_csv.open() as file:
+        row = next(csv.DictReader(file))
+    assert int(row["ttt_bpb_line"]) == line
+    assert json.loads(report.data.read_text())["arms"][0]["runs"][0]["lines"]["ttt_bpb"] == line
+
+
+def test_every_rule_stands_under_the_claim_with_what_is_missing(finished):
+    _, report = finished
+    text = report.page.read_text()
+    head = text[: text.index("<main>")]
+    for verdict in report.comparison.verdicts:
+        assert verdict.gate.name in head
+        assert verdict.gate.name in render_text(report)
+    assert head.index('class="claim"') < head.index("<ul class=gates>") < head.index("<nav")
+    gates = json.loads(report.data.read_text())["comparison"]["verdicts"]
+    assert [gate["gate"]["name"] for gate in gates] == ["pg-readme", "pg-readme-constant", "pg-leaderboard"]
+    assert all(gate["missing"] for gate in gates if not gate["is_met"])
+
+
+def test_a_record_is_compared_with_what_it_should_beat(tmp_path):
+    home = make_record(tmp_path)
+    assert write_report(home, "record-smoke").comparison is None
+    report = write_report(home, "record-smoke", against="2.5", gates=["pg-readme-constant"])
+    [verdict] = report.comparison.verdicts
+    assert verdict.is_met
+    assert "record-smoke:preset against 2.5: difference −0." in report.claim
+    assert "met: pg-readme-constant" in render_text(report)
+    assert "record-smoke:preset against 2.5" in report.text.read_text()
+
+
+def test_the_page_says_how_to_repeat_it(finished):
+    home, report = finished
+    text = report.text.read_text()
+    run = report.evidence.arms[0].runs[0]
+    assert "caddie study run study.toml" in text
+    assert f"caddie verify {run.run_id}" in text
+    command = next(line for line in text.splitlines() if line.startswith("caddie run smoke --seeds 42,314,999"))
+    assert f"--set optim.muon_weight_decay={report.evidence.arms[0].params['optim.muon_weight_decay']}" in command
+    assert report.evidence.state.source.strip() in text
+    assert "0123456789ab" in text  # the code's commit
+    assert home.run(run.run_id).spec.relative_to(home.root).as_posix() in text
+
+
+def test_runs_of_the_family_that_the_record_does_not_show_are_listed_and_said(tmp_path):
+    home = make_record(tmp_path)
+    maker = Maker(tmp_path, SMOKE.replace("wd-qk-ttt-smoke", "another"))
+    extra = RunRequest(
+        preset="smoke", config=load_preset("smoke"), seed=7, data_dir="/data/pydoc", manifest_sha256="ab" * 32,
+        study="another",
+    )  # fmt: skip
+    maker.complete(maker.store.plan(extra, bundle=BUNDLE, code=CODE))
+    report = write_report(home, "record-smoke", against="2.5", gates=["pg-readme-constant"])
+    assert [(run.seed, run.study) for run in report.family] == [
+        (7, "another"), (42, "record-smoke"), (314, "record-smoke"), (999, "record-smoke"),
+    ]  # fmt: skip
+    assert any("of the same configuration, seed 7, study another: complete" in text for text in report.weaknesses)
+    assert any("4 runs of the configuration were started, 3 are compared" in text for text in report.weaknesses)
+    [verdict] = report.comparison.verdicts
+    assert verdict.adjusted_p == pytest.approx(2 * verdict.difference.p_one_sided)
+    assert set(report.weaknesses) >= set(write_report(home, "record-smoke").weaknesses)
+    assert any("seed 7, study another" in text for text in write_report(home, "record-smoke").weaknesses)
+    row = next(line for line in report.text.read_text().splitlines() if line.startswith("| preset | 7 |"))
+    assert "| no |" in row
+
+
+def test_runs_of_the_search_are_not_held_against_the_record(finished):
+    _, report = finished
+    assert report.comparison.candidate.started == 3
+    assert not [text for text in report.weaknesses if "not shown" in text]
+    assert any(run.seed == 1 for run in report.family)
+
+
+def test_equal_steps_and_equal_seconds_compare_the_losses_on_the_way(finished):
+    _, report = finished
+    text = report.text.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| training loss at equal")]
+    assert [row.split("|")[1].strip() for row in rows] == [
+        "training loss at equal steps", "training loss at equal seconds",
+    ]  # fmt: skip
+    assert rows[0].split("|")[2].strip() == "120"
+
+
+def test_throughput_is_of_the_training_loop(finished):
+    _, report = finished
+    text = report.text.read_text()
+    row = next(line for line in text[text.index("## Throughput") :].splitlines() if line.startswith("| best | 42"))
+    assert "| 180.00 |" in row  # 21.6 s of 120 steps
+    assert f"| {120 * 4096 / 21.6:,.0f} |" in row
 
 
 def test_markup_in_a_studys_text_is_shown_and_not_run(tmp_path):
@@ -222,7 +332,7 @@ def test_verified_runs_are_marked_in_the_record_and_lead_to_the_check(tmp_path):
     assert [line.split()[-1] for line in lines[start + 4 : start + 7]] == ["passed", "failed", "–"]
     assert f"[passed](../../../{gather(home, NAME).arms[0].runs[0].verification})" in report.text.read_text()
     for target in Page(report.page.read_text()).targets:
-        assert target.startswith("#") or (home.study(NAME).report / target).resolve().is_file()
+        assert target.startswith("#") or (home.study(NAME).report / target.partition("#")[0]).resolve().is_file()
     assert f"best, seed 314 failed its clean-room check (runs/{second.run_id}/" in " ".join(report.problems)
     assert [run["verified"] for run in json.loads(report.data.read_text())["arms"][0]["runs"]] == [
         "passed",
@@ -267,7 +377,7 @@ def test_what_the_trainer_warned_of_stands_before_the_numbers(tmp_path):
 def test_every_started_run_is_listed_with_its_result_file(finished):
     _, report = finished
     text = report.text.read_text()
-    started = text[text.index("## Started runs") :]
+    started = text[text.index("## Started runs") : text.index("## The whole family")]
     for attempt in report.evidence.attempts:
         assert f"[{attempt.source}](../../../{attempt.source})" in started
     assert started.count("\n| ") == len(report.evidence.attempts) + 2  # heading and rule

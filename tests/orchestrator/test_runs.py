@@ -5,11 +5,11 @@ from fakes import FAKE_BUNDLE, MANIFEST, scored
 
 from orchestrator.errors import ProtocolError
 from orchestrator.home import Home
-from orchestrator.runs import RunRequest, RunStore, run_id_of
+from orchestrator.runs import RESUMABLE, RunRequest, RunStore, run_id_of, without_resuming
 from orchestrator.study import load_preset
 from trainer import protocol
-from trainer.config import with_knobs
-from trainer.protocol import Failure
+from trainer.config import to_mapping, with_knobs
+from trainer.protocol import EventLog, Failure
 
 REQUEST = RunRequest(
     preset="smoke", config=load_preset("smoke"), seed=1, data_dir="/data", manifest_sha256=MANIFEST, study="a", trial=3
@@ -110,3 +110,28 @@ def test_events_are_read_on_from_an_offset_and_a_damaged_line_is_refused(store, 
         file.write("}{\n")
     with pytest.raises(ProtocolError, match="not a JSON object"):
         list(store.events(attempt))
+
+
+def write_metrics(attempt, steps, *, restored=None):
+    log = EventLog(attempt.events)
+    if restored:
+        step, attempts = restored
+        log.emit(protocol.CHECKPOINT, state=protocol.RESTORED, step=step, train_seconds=1.0, attempts=attempts)
+    for step in steps:
+        log.metrics(step, step * 0.1, train_loss=attempt.number)
+
+
+def test_a_resumed_runs_curve_is_that_of_its_attempts_each_as_far_as_the_next_continues_it(store, run):
+    write_metrics(run.attempt(1), range(1, 7))  # wrote no checkpoint after the fourth step
+    write_metrics(run.attempt(2), [])  # never began
+    write_metrics(run.attempt(3), [5, 6, 7], restored=(4, ["1"]))
+    write_metrics(run.attempt(4), [8, 9], restored=(7, ["1", "3"]))
+    curve = [(e["step"], e["values"]["train_loss"]) for e in store.curve(run.attempt(4)) if e["kind"] == "metric"]
+    assert curve == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 3), (6, 3), (7, 3), (8, 4), (9, 4)]
+    assert [e["step"] for e in store.curve(run.attempt(1))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_run_computes_does_not_depend_on_whether_it_may_be_resumed():
+    resumable = to_mapping(with_knobs(REQUEST.config, {RESUMABLE: True}))
+    assert resumable != to_mapping(REQUEST.config)
+    assert without_resuming(resumable) == without_resuming(to_mapping(REQUEST.config))

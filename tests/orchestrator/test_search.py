@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import time
 
 import optuna
 import pytest
@@ -181,6 +182,36 @@ def test_the_journal_is_made_anew_whatever_a_killed_controller_left(tmp_path):
     (tmp_path / "optuna.journal.lock").write_text("")
     search_on(study, tmp_path, state_of(trial(0, point(0.09))))
     assert len(journal(tmp_path)) == 1
+
+
+def test_a_lock_that_somebody_left_on_the_journal_holds_nothing_up(tmp_path, monkeypatch):
+    search = search_on(study_with(), tmp_path, state_of(trial(0, point(0.09))))
+    (tmp_path / "optuna.journal.lock").write_text("")
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited for the lock"))
+    search.begin(trial(1, point(0.05), state="running", value=None))
+    assert len(journal(tmp_path)) == 2 and search.problem is None
+
+
+@pytest.mark.parametrize("harm", ["deleted", "damaged", "replaced by a folder"])
+def test_a_journal_that_is_lost_under_way_stops_no_study_and_is_made_anew(tmp_path, harm):
+    search = search_on(study_with(), tmp_path, state_of(trial(0, point(0.09))))
+    path = tmp_path / "optuna.journal"
+    if harm == "damaged":
+        path.write_text("{broken\n" * 3)
+    else:
+        path.unlink()
+    if harm == "replaced by a folder":
+        path.mkdir()
+    search.begin(trial(1, point(0.05), state="running", value=None))
+    assert search.ask(2)
+    if harm == "replaced by a folder":
+        assert "IsADirectoryError" in search.problem
+        path.rmdir()
+    search.tell(trial(1, point(0.05), value=1.3))
+    if harm == "damaged":  # nobody reads it before the next start
+        search.rebuild(state_of(*search.trials.values()))
+    assert [t.value for t in journal(tmp_path)] == [t.value for t in search.trials.values()]
+    assert search.problem is None
 
 
 def test_a_journal_that_cannot_be_written_is_a_storage_error(tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from fakes import FAKE_BUNDLE
 from make_verified import data_of, make_run
@@ -55,6 +57,13 @@ def test_knobs_of_scoring_may_differ(home, run, knob):
     source = source_run.find(home, run.run_id)
     config = with_knobs(source.config, {knob: 2})
     source_run.require_scorable(source, config, source.spec.manifest_sha256)
+
+
+def test_that_a_trial_could_have_been_resumed_is_no_difference_of_what_is_scored(home, run):
+    source = source_run.find(home, run.run_id)
+    resumable = with_knobs(source.config, {"runtime.resumable": True})
+    source_run.require_scorable(source, resumable, source.spec.manifest_sha256)
+    assert source_run.knobs_set(dataclasses.replace(source, config=resumable)) == source_run.knobs_set(source)
 
 
 def test_any_other_knob_and_other_data_are_refused_with_both_values(home, run):

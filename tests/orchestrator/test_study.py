@@ -6,7 +6,7 @@ from fakes import study_text, tiny_study
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import SHIPPED_STUDIES
-from orchestrator.study import StopEarlyPlan, load_preset, load_study, parse_study, record_study
+from orchestrator.study import SLURM_MARGIN_MINUTES, StopEarlyPlan, load_preset, load_study, parse_study, record_study
 from trainer.config import Config, knob_value
 from trainer.protocol import SLIDING, TTT
 
@@ -68,7 +68,7 @@ CASES = [
     ("slots = 2", "gpus_per_run = -1", "[resources] gpus_per_run must be at least 0, got -1"),
     ("slots = 2", "processes_per_run = 0", "[resources] processes_per_run must be at least 1"),
     ("slots = 2", "max_attempts = 0", "[resources] max_attempts must be at least 1"),
-    ("slots = 2", "timeout_minutes = 0", "[resources] timeout_minutes must be above 0"),
+    ("slots = 2", "timeout_minutes = -1", "[resources] timeout_minutes must not be negative"),
     ("slots = 2", 'launcher = "slurn"', "[resources] launcher must be one of local"),
     ("[set]", '[set]\n"ttt.lrr" = 1', "there is no knob 'ttt.lrr'"),
     ("[set]", '[set]\n"ttt.method" = "off"', 'objective is "ttt", but ttt.method is "off"'),
@@ -175,3 +175,48 @@ def test_a_record_attempt_refuses_an_unknown_knob():
 def test_a_study_can_be_compared_by_its_text():
     assert tiny_study().digest == tiny_study().digest != tiny_study(trials=5).digest
     assert dataclasses.replace(tiny_study(), source="").digest != tiny_study().digest
+
+
+def resources_of(lines):
+    return tiny_study(resources=lines).resources
+
+
+def test_gpus_of_a_run_may_be_told_in_all_or_by_node():
+    for lines in ("nodes = 2\ngpus_per_run = 16", "nodes = 2\ngpus_per_node = 8"):
+        found = resources_of(f'launcher = "slurm"\n{lines}')
+        assert (found.gpus_of_run, found.gpus_of_node, found.processes_per_node) == (16, 8, 8)
+
+
+def test_a_clusters_time_limit_follows_from_the_budgets_and_a_machines_does_not():
+    cluster = tiny_study(resources='launcher = "slurm"')
+    limits = cluster.config.limits
+    assert cluster.timeout_minutes == (limits.train_seconds + limits.eval_seconds) / 60 + SLURM_MARGIN_MINUTES
+    assert tiny_study().timeout_minutes == 60
+    assert tiny_study(resources='launcher = "slurm"\ntimeout_minutes = 7').timeout_minutes == 7
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('partition = "gpu"', '[resources] partition is for launcher = "slurm"'),
+        ("nodes = 2", '[resources] nodes is for launcher = "slurm"'),
+        ('launcher = "slurm"\nnodes = 2\ngpus_per_run = 3', "[resources] gpus_per_run must be a multiple of nodes = 2"),
+        (
+            'launcher = "slurm"\nnodes = 2\ngpus_per_node = 4\ngpus_per_run = 4',
+            "must be nodes × gpus_per_node = 8, got 4",
+        ),
+        ('launcher = "slurm"\nsbatch = { time = "1" }', "[resources] sbatch.time has a key of its own"),
+        ('launcher = "slurm"\nsbatch = { requeue = true }', "sbatch.requeue: this option must be left to caddie"),
+        ('launcher = "slurm"\nsbatch = { "--mem" = "0" }', "sbatch.--mem: this option must be left"),
+        ('launcher = "slurm"\nsbatch = { mem = [1] }', "[resources] sbatch must be a table of texts and numbers"),
+        ('launcher = "slurm"\nsbatch = 3', "[resources] sbatch must be a table of texts and numbers"),
+    ],
+)
+def test_resources_that_a_cluster_cannot_give_are_refused_with_the_rule(lines, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        resources_of(lines)
+
+
+def test_a_record_on_a_cluster_keeps_its_options_of_sbatch():
+    asked = {"launcher": "slurm", "gpus_per_run": 8, "sbatch": {"mem": "0", "overcommit": True}}
+    assert record_study("smoke", data="d", seeds=(1,), knobs={}, resources=asked).resources.sbatch == asked["sbatch"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fakes import (
+    UNCHECKED,
     FakeLauncher,
     FakeSearch,
     Listener,
@@ -25,6 +26,7 @@ from orchestrator.errors import StorageError, StudyBusy, StudyFailed
 from orchestrator.home import Home
 from orchestrator.launcher import LocalLauncher
 from orchestrator.ledger import Ledger
+from orchestrator.runs import without_resuming
 from orchestrator.search import Search
 from orchestrator.study import parse_study, record_study
 from trainer import protocol
@@ -126,10 +128,18 @@ def test_a_trial_holds_a_run_for_each_seed_and_its_value_is_their_mean(home):
 
 
 def test_a_run_that_two_owners_ask_for_runs_once(home):
-    launcher = FakeLauncher()
-    state = controller(tiny_study(seeds="[42]", trials=2), home, launcher=launcher).run()
-    assert state.trials[0].runs[42] == state.arms["preset"].runs[42]
-    assert len(launcher.submitted) == len({run for run, _, _ in launcher.submitted}) == 4
+    launcher, search = FakeLauncher(), FakeSearch(point=lambda _: {"optim.muon_weight_decay": 0.09, "ttt.lr": 0.002})
+    state = controller(tiny_study(trials=2, confirm=None), home, launcher=launcher, search=search).run()
+    assert state.trials[0].runs == state.trials[1].runs
+    assert len(launcher.submitted) == 1
+
+
+def test_a_trial_may_go_on_from_a_checkpoint_and_a_record_of_the_same_point_and_seed_is_made_in_one_go(home):
+    state = controller(tiny_study(seeds="[42]", trials=1), home).run()
+    runs = [owner.runs[42] for owner in (state.trials[0], state.arms["preset"])]
+    configs = [protocol.read_spec(home.run(run_id).spec).config for run_id in runs]
+    assert [config["runtime"]["resumable"] for config in configs] == [True, False]
+    assert without_resuming(configs[0]) == without_resuming(configs[1])
 
 
 def test_a_result_that_another_study_left_is_reused(home):
@@ -290,7 +300,7 @@ def test_a_torn_last_line_of_the_ledger_is_dropped(home):
 
 def test_a_second_controller_of_the_study_is_refused(home):
     listener = Listener()
-    with lock.held(home.study("tiny").lock), pytest.raises(StudyBusy, match=f"process {os.getpid()}"):
+    with lock.held(home.study("tiny")), pytest.raises(StudyBusy, match=f"process {os.getpid()}"):
         controller(tiny_study(), home, listener=listener).run()
     assert listener.closed == 2
 
@@ -376,7 +386,7 @@ def until(condition, process, seconds=60.0):
 
 def test_a_controller_that_is_killed_twice_ends_with_the_same_total_and_nothing_twice(home):
     write_plans(home, {"*": {"step_seconds": 0.05}})
-    text = study_text(trials=4, confirm="[42]")
+    text = study_text(trials=4, confirm="[42]", resources=UNCHECKED)
     path = home.study("tiny").ledger
     for lines in (6, 14):
         with start(home, text) as process:

@@ -12,6 +12,7 @@ import pytest
 from make_study import make_record
 
 from orchestrator import ui
+from orchestrator.access import Access
 from orchestrator.errors import MachineError
 from orchestrator.home import Home
 from orchestrator.ui import allowed_hosts, is_loopback, require_free_port, serve, server_command
@@ -131,11 +132,19 @@ def test_the_address_of_every_studys_view_is_printed_once_the_server_answers(tmp
     require_free_port("127.0.0.1", port)
 
 
-def test_an_open_address_is_warned_about(tmp_path, monkeypatch):
+def test_another_machine_needs_a_password_and_is_told_where_it_is(tmp_path, monkeypatch):
     FakeServer(monkeypatch, HEALTHY)
-    stream = io.StringIO()
-    serve(Home(tmp_path), host="0.0.0.0", port=free_port(), stream=stream, is_wanted=lambda: False)
-    assert "there is no authentication" in stream.getvalue()
+    monkeypatch.setattr(ui, "prepare_access", lambda home: Access({"MADE_UP": "1"}, home.mlflow_access.password))
+    stream, port = io.StringIO(), free_port()
+    serve(Home(tmp_path), host="0.0.0.0", port=port, stream=stream, is_wanted=lambda: False)
+    told = stream.getvalue()
+    assert f"http://{socket.gethostname()}:{port}, user caddie, password in {tmp_path}/mlflow-access/password" in told
+    assert "this is HTTP" in told
+
+
+def test_an_open_server_asks_who_is_there_and_one_for_this_machine_does_not(tmp_path):
+    assert "basic-auth" in server_command(Home(tmp_path), "0.0.0.0", 5001)
+    assert "basic-auth" not in server_command(Home(tmp_path), "127.0.0.1", 5001)
 
 
 def test_a_server_that_dies_before_it_answers_is_an_error_with_its_command(tmp_path, monkeypatch):

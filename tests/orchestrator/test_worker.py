@@ -11,12 +11,13 @@ import pytest
 from fakes import FAKE_BUNDLE, MANIFEST, subprocess_environment, write_plans
 
 from orchestrator import worker
+from orchestrator.allocation import Allocation
 from orchestrator.home import Home
 from orchestrator.runs import RunRequest, RunStore
 from orchestrator.study import load_preset
 from trainer import protocol
 from trainer.errors import CaddieError, StorageError
-from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
+from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, NODE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
 
 RANKS = """
 Root Cause (first observed failure):
@@ -158,6 +159,208 @@ def test_the_trainer_does_not_see_our_checkout(monkeypatch):
     assert worker.trainer_environment("3", "t")["PYTHONPATH"] == "/own/modules"
     monkeypatch.setenv("PYTHONPATH", checkout)
     assert "PYTHONPATH" not in worker.trainer_environment("3", "t")
+
+
+def part_of(run, allocation=None, *, number=1, **order):
+    """A worker's part of an attempt, which it has claimed."""
+    allocation = allocation or Allocation(job="9", names=("node1",))
+    files, order = run.attempt(number), {"processes": 1, "gpus": "", "timeout_seconds": 60.0, **order}
+    claim = (
+        worker.claim_for(Allocation(job="9", names=("localhost", "node2")))
+        if allocation.nodes > 1
+        else worker.claim_for(allocation)
+    )
+    return worker.Part(
+        run=run,
+        files=files,
+        order=worker.Order(**order),
+        allocation=allocation,
+        claim=claim,
+        notice=worker.Notice(files),
+    )
+
+
+def test_torchrun_leaves_signals_to_its_ranks_where_it_can_be_told_to(run):
+    part = part_of(run, processes=8)
+    assert "--signals-to-handle=SIGINT" in worker.part_command(part, torch="2.13.0+cu128")
+    assert not [word for word in worker.part_command(part, torch="2.9.1") if word.startswith("--signals")]
+    assert len(worker.part_command(part_of(run), torch="2.13.0")) == 5, "one process needs no torchrun"
+
+
+def test_the_nodes_of_a_run_are_one_torchrun_that_meets_on_the_first(run):
+    part = part_of(
+        run, Allocation(job="9", node=1, names=("localhost", "node2")), processes=8, python="/opt/torch/bin/python"
+    )
+    command = worker.part_command(part, torch="2.13.0")
+    host, _, port = part.claim.rendezvous.rpartition(":")
+    assert command[:3] == ["/opt/torch/bin/python", "-m", "torch.distributed.run"]
+    assert {
+        "--nnodes=2",
+        "--node_rank=1",
+        "--nproc_per_node=8",
+        f"--master_addr={host}",
+        f"--master_port={port}",
+    } < set(command)
+    assert "--standalone" not in command and int(port) > 0
+
+
+@pytest.mark.parametrize(("is_alone", "survives"), [(True, False), (False, True)])
+def test_a_shielded_command_survives_sigusr2_and_torchrun_sigterm_too(is_alone, survives):
+    command = worker.shielded(
+        [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)"], is_alone=is_alone
+    )
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGUSR2)
+        process.send_signal(signal.SIGTERM)
+        if survives:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.kill()
+        assert process.wait(10) == (-signal.SIGKILL if survives else -signal.SIGTERM)
+
+
+def carry_out(run, *, number=1, allocation=None, mode="", plan=None, **order):
+    write_plans(Home(run.root.parent.parent), {"*": {"mode": mode, **(plan or {})}})
+    order = worker.Order(**{"processes": 1, "gpus": "", "timeout_seconds": 60.0, "grace_seconds": 5.0, **order})
+    worker.carry_out(run, number, order, allocation or Allocation(job="9", names=("node1",)))
+    return run.attempt(number)
+
+
+def once_begun(run, act, number=1):
+    def wait_and_act():
+        wait_for(run.attempt(number).root / "trainer.pid")
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_job_whose_nodes_are_wanted_back_leaves_in_order(run, number):
+    """Of SIGUSR2 the trainer hears nothing; SIGTERM reaches it by itself, as the scheduler sends it to all of a job."""
+    before = signal.getsignal(number)
+
+    def act():
+        os.kill(os.getpid(), number)
+        if number == signal.SIGTERM:
+            os.kill(int((run.attempt(1).root / "trainer.pid").read_text()), number)
+
+    thread = once_begun(run, act)
+    files = carry_out(run, plan={"step_seconds": 30})
+    thread.join()
+    assert files.notice.exists() and protocol.read_result(files.result).status == protocol.STOPPED
+    assert signal.getsignal(number) is before
+
+
+def test_a_trainer_that_dies_of_the_notice_was_pre_empted(run):
+    def act():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(int((run.attempt(1).root / "trainer.pid").read_text()), signal.SIGKILL)
+
+    thread = once_begun(run, act)
+    result = protocol.read_result(carry_out(run, plan={"step_seconds": 30}).result)
+    thread.join()
+    assert result.failure.kind == protocol.PREEMPTED and "told to leave (SIGTERM)" in result.failure.message
+
+
+def test_a_notice_before_the_trainer_listens_is_passed_on_when_it_does(run):
+    notice = worker.Notice(run.attempt(1))
+    run.attempt(1).root.mkdir(parents=True)
+    with notice.heard():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+        assert not notice.is_due()
+        run.attempt(1).events.touch()
+        assert notice.is_due() and not notice.is_due()
+    assert notice.by is signal.SIGTERM and run.attempt(1).notice.exists()
+
+
+def test_a_worker_whose_run_has_a_later_attempt_ends_its_trainer_and_writes_nothing(run, monkeypatch):
+    monkeypatch.setattr(worker, "OWNER_SECONDS", 0.1)
+    thread = once_begun(run, lambda: run.attempt(2).root.mkdir())
+    files = carry_out(run, plan={"step_seconds": 30})
+    thread.join()
+    assert not files.result.exists()
+    assert not worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(files))
+
+
+def test_a_second_life_of_the_same_job_finds_the_claim_and_leaves(run):
+    allocation = Allocation(job="9", names=("node1",))
+    files = carry_out(run, allocation=allocation)
+    before = files.result.stat().st_mtime_ns
+    carry_out(run, allocation=Allocation(job="9", restarts=1, names=("node1",)))
+    assert files.result.stat().st_mtime_ns == before
+    claim = worker.read_claim(files)
+    assert (claim.job, claim.restarts, claim.node) == ("9", 0, "node1") and claim.began > 0
+
+
+def test_a_claim_is_touched_for_as_long_as_its_worker_lives(run, monkeypatch):
+    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.02)
+    files = run.attempt(1)
+    worker.make_claim(files)
+    os.utime(files.claim, (1, 1))
+    with worker.beating(files):
+        wait_for_change(files.claim, 1)
+    os.utime(files.claim, (1, 1))
+    time.sleep(0.1)
+    assert files.claim.stat().st_mtime == 1
+
+
+def wait_for_change(path, seconds):
+    deadline = time.monotonic() + 10
+    while path.stat().st_mtime == seconds:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+SECOND = Allocation(job="9", node=1, names=("node1", "node2"))
+
+
+def test_the_worker_of_another_node_leaves_where_the_attempt_is_not_its_jobs(run):
+    worker.make_claim(run.attempt(1), worker.claim_for(Allocation(job="8", names=("node1",))))
+    files = carry_out(run, allocation=SECOND)
+    assert not files.events.exists() and not files.node_failure(1).exists()
+
+
+def test_the_worker_of_another_node_says_why_its_part_failed_and_leaves_the_result_to_the_first(run, monkeypatch):
+    worker.make_claim(run.attempt(1), worker.claim_for(Allocation(job="9", names=("node1",))))
+    monkeypatch.setattr(worker, "_on_this_node", lambda part: [])
+    run.attempt(1).scheduler.mkdir()
+    files = carry_out(run, allocation=SECOND, mode="out_of_memory")
+    told = protocol.read_json(files.node_failure(1))
+    assert told["kind"] == OUT_OF_MEMORY and told["message"].startswith("node node2: RuntimeError: CUDA out of memory")
+    assert not files.result.exists()
+
+
+def test_the_first_node_ends_its_part_when_anothers_has_failed_and_tells_why(run, monkeypatch):
+    monkeypatch.setattr(worker, "OWNER_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "_on_this_node", lambda part: [])
+    failure = {"kind": OUT_OF_MEMORY, "message": "node node2: CUDA out of memory", "log": "x"}
+    thread = once_begun(run, lambda: protocol.write_json_atomically(run.attempt(1).node_failure(1), failure))
+    files = carry_out(run, allocation=Allocation(job="9", names=("localhost", "node2")), plan={"step_seconds": 30})
+    thread.join()
+    result = protocol.read_result(files.result)
+    assert (result.failure.kind, result.failure.message) == (OUT_OF_MEMORY, failure["message"])
+
+
+def test_another_interpreter_says_what_it_has_and_one_that_is_not_there_is_a_mistake_of_the_study(run):
+    assert worker.describe_machine("", sys.executable).packages == worker.installed_packages()
+    result = protocol.read_result(carry_out(run, python="/no/such/python").result)
+    assert result.failure.kind == CONFIG and "[resources] python: " in result.failure.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: CUDA error: uncorrectable ECC error encountered",
+        "RuntimeError: CUDA error: all CUDA-capable devices are busy or unavailable",
+        "NVRM: GPU has fallen off the bus.",
+    ],
+)
+def test_what_only_a_broken_machine_says_is_the_nodes_failure(line):
+    assert worker.classify(1, line) == NODE
 
 
 def test_several_processes_run_under_torchrun(run):

@@ -3,8 +3,8 @@ import torch
 
 from tests.trainer.make_run import micro_config
 from tests.trainer.tiny import ALONE, random_model, random_tokens
-from trainer.calibration import calibrate, calibration_seconds, feel, information_sequences
-from trainer.data import Dataset
+from trainer.calibration import calibrate, calibration_seconds, feel, generate, information_sequences
+from trainer.data import BOS, Dataset
 from trainer.distributed import World
 from trainer.model import HEAD, Model
 from trainer.optim import parameter_groups
@@ -77,3 +77,38 @@ def test_calibration_is_timed_before_training():
         seconds[str(knobs)] = calibration_seconds(fresh(config), random_batch(config, ALONE), config, ALONE)
     nothing, moments, both = seconds.values()
     assert nothing == 0 < moments < both
+
+
+def test_the_model_writes_its_own_text_row_by_row_from_a_bos_on():
+    config = micro_config(quant__calibration="generated", quant__generated_sequences=5, data__micro_batch_sequences=2)
+    model = random_model(vocab_size=config.model.vocab_size)
+    written = generate(model, config, 1, ALONE)
+    assert written.shape == (5, config.data.sequence_length + 1) and written.dtype == torch.int64
+    assert (written[:, 0] == BOS).all() and len({tuple(row) for row in written.tolist()}) == 5
+    assert torch.equal(written, generate(model, config, 1, ALONE))
+    other = World(rank=1, size=2, device=ALONE.device)
+    half = generate(model, config, 1, other)
+    assert len(half) == 3 and not torch.equal(half, written[:3])
+
+
+def test_what_the_model_writes_follows_its_own_distribution():
+    config = micro_config(
+        quant__calibration="generated", quant__generated_sequences=400, quant__generated_temperature=1.0,
+        data__sequence_length=2, data__tokens_per_step=2, evaluation__sequence_length=32,
+    )  # fmt: skip
+    model = random_model(vocab_size=config.model.vocab_size)
+    with torch.no_grad():
+        model.embedding.weight.mul_(4)  # so that a few pieces are likely
+        chances = model.logits(model.hidden(torch.full((1, 1), BOS), 0))[0, 0].softmax(-1)
+    first = generate(model, config, 0, ALONE)[:, 1]
+    likely = int(chances.argmax())
+    p = chances[likely].item()
+    assert (first == likely).float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / 400) ** 0.5)
+
+
+def test_moments_of_what_the_model_writes_are_means_per_position(dataset):
+    config = micro_config(quant__calibration="generated", quant__generated_sequences=6)
+    model = fresh(config)
+    found = calibrate(model, dataset, config=config, order_seed=1, recurrent=0, world=ALONE)
+    assert found.moments[HEAD].trace().item() == pytest.approx(config.model.width, rel=1e-4)  # normalised positions
+    assert calibration_seconds(model, random_batch(config, ALONE), config, ALONE) == 0  # takes nothing of the budget

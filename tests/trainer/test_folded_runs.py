@@ -34,7 +34,30 @@ BY_DOCUMENT = {
 LORA = {"ttt__method": "lora", "ttt__lora_targets": ("up", "down"), "ttt__lora_optimizer": "sgd", "ttt__lr": 0.5}
 
 
-@pytest.mark.parametrize("knobs", [PLAIN, OTHER, BY_DOCUMENT, LORA], ids=["plain", "other", "by_document", "lora"])
+STREAM = {
+    "model__parallel": "stream", "model__recurrence_passes": 2, "model__skip_count": 4, "model__value_embedding_dim": 0,
+    "model__value_embedding_layers": (), "schedule__recurrence_start_frac": 0.3, "schedule__recurrence_full_frac": 0.6,
+    "quant__grid": "std", "quant__embedding_method": "gptq", "quant__clip_importance": 0.175,
+}  # fmt: skip
+"""As #1412 does it."""
+
+ROUTED = {
+    "model__parallel": "routed", "model__untied_mlps": True, "model__first_attention_layer": 1, "model__bigram_buckets": 50,
+    "model__bigram_dim": 8, "model__smear": True, "quant__coarse_matrices": 9, "quant__calibration": "generated",
+    "quant__generated_sequences": 4, "quant__coder": "brotli", "quant__fit": "prune",
+}  # fmt: skip
+"""As #1204 does it."""
+
+SLOT = {"evaluation__slot_steps": 2, "ttt__method": "off"}
+RESUMABLE = {"runtime__resumable": True}
+
+CHOICES = {
+    "plain": PLAIN, "other": OTHER, "by_document": BY_DOCUMENT, "lora": LORA, "stream": STREAM, "routed": ROUTED,
+    "slot": SLOT, "resumable": RESUMABLE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("knobs", CHOICES.values(), ids=list(CHOICES))
 def test_a_bundle_of_other_choices_gives_what_the_source_gives(knobs, tmp_path, prepared):
     config = micro_config(**knobs)
     assert build(config) != build(micro_config())

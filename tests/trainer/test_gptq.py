@@ -209,7 +209,7 @@ def test_second_moments_are_those_of_what_each_matrix_really_reads(monkeypatch):
         moments = SecondMoments()
         model.hidden(tokens, True, observe=moments)
         for layer, block in enumerate(model.blocks):
-            matrices = dict(zip(("query", "out", "up", "down"), block.matrices(torch.float32), strict=True))
+            matrices = dict(zip(("query", "out", "up", "down"), block.matrices(torch.float32, block.mlp), strict=True))
             for name, matrix in matrices.items():
                 rows = torch.cat(read[matrix.numpy().tobytes()])
                 part = "attention" if name in ("query", "out") else "mlp"

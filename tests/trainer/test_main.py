@@ -123,7 +123,7 @@ def test_the_artifact_gives_back_the_scored_weights(finished):
     file = artifact.load(run.artifact.read_bytes(), "artifact")
     weights = artifact.decode(run.weights.read_bytes(), "weights")
     assert set(file.tensors) == set(weights.tensors)
-    assert file.meta["recurrent"] is True
+    assert file.meta["recurrent"] == 1
     for name, tensor in file.state().items():
         assert torch.isfinite(tensor).all()
         assert (tensor - weights.state()[name]).norm() <= 0.2 * weights.state()[name].norm() + 1e-6, name

@@ -8,7 +8,7 @@ from trainer.calibration import Calibration, feel
 from trainer.config import QuantConfig
 from trainer.gptq import Quantized, remaining_error
 from trainer.model import HEAD
-from trainer.quantize import LEAST_FELT, LEFT, RIGHT, corrected, fisher_steps, grid_of, quantize
+from trainer.quantize import LEAST_FELT, LEFT, RIGHT, corrected, fisher_steps, grids_of, quantize
 
 NOTHING = Calibration()
 
@@ -57,11 +57,24 @@ def test_bits_go_by_role(model):
     assert int(rounded.tensors["embedding.weight"].integers_MN.abs().max()) == 127
 
 
-def test_deviations_go_by_role():
+def test_deviations_go_by_role(model):
     config = QuantConfig(grid="std", attention_clip_std=13.0, mlp_clip_std=11.5)
-    assert grid_of("blocks.0.mlp.up", config).clip_std == 11.5
-    assert grid_of("blocks.0.attention.query", config).clip_std == 13.0
-    assert grid_of("blocks.0.mlp.up", dataclasses.replace(config, grid="quantile")).clip_std == 0
+    grids = grids_of(model, {}, config)
+    assert grids["blocks.0.mlp.up"].clip_std == 11.5
+    assert grids["blocks.0.attention.query"].clip_std == 13.0
+    by_quantile = grids_of(model, {}, dataclasses.replace(config, grid="quantile"))
+    assert by_quantile["blocks.0.mlp.up"].clip_std == 0
+
+
+def test_matrices_whose_inputs_are_smallest_get_one_bit_less(model, found):
+    config = QuantConfig(coarse_matrices=5)
+    bits = {name: grid.bits for name, grid in grids_of(model, found.moments, config).items()}
+    traces = {name: float(found.moments[name].trace()) for name in bits}
+    coarse = {name for name, depth in bits.items() if depth == 5}
+    assert len(coarse) == 5 and set(bits.values()) == {5, 6}
+    assert max(traces[name] for name in coarse) <= min(traces[name] for name in set(bits) - coarse)
+    stored = quantize(model, found, config).tensors
+    assert all(int(stored[f"{name}.weight"].integers_MN.abs().max()) <= 15 for name in coarse)
 
 
 def test_the_output_head_by_gptq_loses_less_in_the_logits(model, found):

@@ -1,7 +1,7 @@
 import pytest
 
-from trainer.config import OptimConfig, ScheduleConfig
-from trainer.schedule import elapsed_fraction, is_recurrent, lr_multiplier, muon_momentum
+from trainer.config import Config, ModelConfig, OptimConfig, ScheduleConfig
+from trainer.schedule import elapsed_fraction, extra_passes, lr_multiplier, muon_momentum
 
 
 @pytest.mark.parametrize(("elapsed_frac", "expected"), [(0.0, 1.0), (0.5, 1.0), (0.75, 0.5), (1.0, 0.0), (1.01, 0.0)])
@@ -26,10 +26,21 @@ def test_momentum_without_a_ramp_is_final_at_once():
     assert muon_momentum(0, OptimConfig(muon_momentum_ramp_steps=0)) == OptimConfig().muon_momentum
 
 
-@pytest.mark.parametrize(("step", "frac", "expected"), [(99, 0.9, False), (100, 0.2, False), (100, 0.5, True)])
+def passes_at(step, frac, passes, **schedule):
+    config = Config(model=ModelConfig(recurrence_passes=passes), schedule=ScheduleConfig(**schedule))
+    return extra_passes(step, frac, config)
+
+
+@pytest.mark.parametrize(("step", "frac", "expected"), [(99, 0.9, 0), (100, 0.2, 0), (100, 0.5, 2)])
 def test_recurrence_needs_both_its_step_and_its_fraction(step, frac, expected):
-    schedule = ScheduleConfig(recurrence_start_step=100, recurrence_start_frac=0.5)
-    assert is_recurrent(step, frac, schedule) is expected
+    assert passes_at(step, frac, 2, recurrence_start_step=100, recurrence_start_frac=0.5) == expected
+
+
+@pytest.mark.parametrize(("frac", "expected"), [(0.4, 0), (0.5, 1), (0.6, 1), (0.65, 2), (1.0, 2)])
+def test_further_passes_come_on_at_a_fraction_of_their_own(frac, expected):
+    assert (
+        passes_at(7, frac, 2, recurrence_start_step=0, recurrence_start_frac=0.5, recurrence_full_frac=0.65) == expected
+    )
 
 
 def test_fraction_follows_the_configured_clock_and_never_exceeds_one():

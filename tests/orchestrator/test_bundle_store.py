@@ -1,0 +1,68 @@
+import pytest
+
+from orchestrator import bundle_store
+from orchestrator.bundle_store import BundleStore
+from orchestrator.study import load_preset
+from trainer.config import with_knobs
+
+SMOKE = load_preset("smoke")
+
+
+class Packer:
+    """Packs in no time, and counts."""
+
+    def __init__(self):
+        self.packed = []
+
+    def __call__(self, config):
+        self.packed.append(config)
+        return f"bundle {len(self.packed)}".encode()
+
+
+def test_a_bundle_is_packed_once_whichever_controller_asks_for_it(home):
+    packer = Packer()
+    assert BundleStore(home, packer).build(SMOKE) == BundleStore(home, packer).build(SMOKE) == b"bundle 1"
+    assert BundleStore(home, packer).build(None) == b"bundle 2"
+    assert len(packer.packed) == 2
+
+
+def test_configurations_that_switch_off_the_same_share_one_bundle(home):
+    packer = Packer()
+    store = BundleStore(home, packer)
+    store.build(SMOKE)
+    store.build(with_knobs(SMOKE, {"optim.muon_weight_decay": 0.077}))
+    assert len(packer.packed) == 1
+    store.build(with_knobs(SMOKE, {"ttt.method": "off"}))
+    assert len(packer.packed) == 2
+
+
+def test_changed_sources_make_another_bundle(home, monkeypatch, tmp_path):
+    packer = Packer()
+    BundleStore(home, packer).build(SMOKE)
+    monkeypatch.setattr(bundle_store, "PACKER", bundle_store.PACKER[:-1])
+    assert BundleStore(home, packer).build(SMOKE) == b"bundle 2"
+
+
+@pytest.mark.parametrize("harm", ["changed", "cut off"])
+def test_a_stored_bundle_that_is_damaged_is_packed_again(home, harm):
+    packer = Packer()
+    BundleStore(home, packer).build(SMOKE)
+    (path,) = home.bundles.iterdir()
+    path.write_bytes(b"" if harm == "cut off" else b"bundle X")
+    assert BundleStore(home, packer).build(SMOKE) == b"bundle 2"
+
+
+def test_a_home_that_takes_no_bundle_costs_time_only(home):
+    home.root.mkdir()
+    home.bundles.write_text("in the way")
+    packer = Packer()
+    store = BundleStore(home, packer)
+    assert store.build(SMOKE) == store.build(SMOKE) == b"bundle 1"
+
+
+def test_only_so_many_are_kept(home, monkeypatch):
+    monkeypatch.setattr(bundle_store, "KEPT", 2)
+    store = BundleStore(home, Packer())
+    for config in (None, SMOKE, with_knobs(SMOKE, {"ttt.method": "off"})):
+        store.build(config)
+    assert len(list(home.bundles.iterdir())) == 2
