@@ -33,8 +33,9 @@ ENV CADDIE_HOME=/srv/caddie
 FROM environment AS node
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends slurm-client slurmctld slurmd \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install --yes --no-install-recommends munge slurm-client slurmctld slurmd \
+    && rm -rf /var/lib/apt/lists/* /etc/munge/munge.key \
+    && install --directory --owner=munge --group=munge /run/munge
 RUN grep '^submitit==' /opt/caddie/source/constraints.txt > /opt/caddie/worker.txt \
     && /opt/caddie/venv/bin/pip install --no-cache-dir -c /opt/caddie/source/constraints.txt -r /opt/caddie/worker.txt
 COPY README.md LICENSE /opt/caddie/source/
@@ -42,12 +43,11 @@ COPY orchestrator /opt/caddie/source/orchestrator
 COPY studies /opt/caddie/source/studies
 COPY trainer /opt/caddie/source/trainer
 RUN /opt/caddie/venv/bin/pip install --no-cache-dir --no-deps /opt/caddie/source
-COPY docker/slurm.conf docker/cgroup.conf /etc/slurm/
-COPY --chmod=755 docker/start-slurm /usr/local/bin/
-VOLUME /var/lib/slurm
+COPY docker/slurm.conf /usr/local/share/caddie/
+COPY --chmod=755 docker/start-munge docker/start-slurm /usr/local/bin/
 # slurmd starts each job as the user who asked for it, and needs root to do so.
 # hadolint ignore=DL3002
-USER root
+USER 0:0
 HEALTHCHECK --interval=10s --timeout=10s --start-period=30s --retries=6 \
     CMD ["/bin/sh", "-c", "sinfo --noheader --format=%t | grep -Eqx 'idle|mix|alloc|comp'"]
 CMD ["start-slurm"]
@@ -56,6 +56,6 @@ CMD ["start-slurm"]
 FROM environment AS trainer
 COPY trainer /opt/caddie/lib/trainer
 ENV PYTHONPATH=/opt/caddie/lib
-USER caddie
+USER ${CADDIE_UID}:${CADDIE_UID}
 WORKDIR /srv/caddie
 CMD ["python", "-m", "trainer", "--help"]

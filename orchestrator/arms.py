@@ -16,11 +16,12 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from orchestrator import imports, public_record
+from orchestrator import imports, record_folder
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import BEST_ARM, Evidence, RunEvidence, ScoredArm, SeedScore, gather, run_evidence
 from orchestrator.family import Relative, families, family_of
 from orchestrator.home import Home
+from orchestrator.public_record import scored_arm as scored_arm_of
 from orchestrator.published import find_published
 from orchestrator.runs import find_run
 from orchestrator.statistics import summary_of
@@ -50,8 +51,8 @@ def find_arm(home: Home, text: str, *, stage: str | None = None) -> ScoredArm:
     if name in home.study_names():
         return study_arm(home, gather(home, name), arm, stage=stage)
     folder = Path(text).expanduser()
-    if folder.is_dir() and public_record.is_record(folder):
-        return public_record.scored_arm(public_record.read_record(folder), prefix=f"{folder}/")
+    if folder.is_dir() and record_folder.is_record(folder):
+        return scored_arm_of(record_folder.read_record(folder), prefix=f"{folder}/")
     return _runs(home, text, stage)
 
 
@@ -85,7 +86,8 @@ def study_arm(
     chosen = arm or (BEST_ARM if BEST_ARM in owners else next(iter(owners)))
     if chosen not in owners:
         raise ConfigError(f"study {evidence.study.name!r} has no arm {arm!r}", hint=nearest(arm, owners))
-    apart = {run.run_id for runs in searched.values() for run in runs} if chosen not in searched else set()
+    others = {} if chosen in searched else {name: runs for name, runs in owners.items() if name != chosen}
+    apart = {run.run_id for runs in others.values() for run in runs} - {run.run_id for run in owners[chosen]}
     name = f"{evidence.study.name}:{chosen}"
     runs = owners[chosen]
     relatives = families(home, [run.run_id for run in runs])[0] if family is None else family

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator import bundle, datasets, preflight, slurm, source_run
+from orchestrator import bundle, datasets, preflight, replay, script_check, slurm, source_run
 from orchestrator.background_mirror import BackgroundMirror
 from orchestrator.bundle_store import BundleStore
+from orchestrator.contest import baseline_of
 from orchestrator.datasets import PYDOC
 from orchestrator.errors import StudyFailed
 from orchestrator.home import SHIPPED_STUDIES, Home
@@ -47,6 +48,7 @@ def run_study(study: Study, home: Home, *, patience_seconds: float = 0.0) -> Out
     StudyFailed (its report is written), Interrupted.
     """
     home.require_writable()
+    study = source_run.bound(home, replay.keep(study, home))
     if study.data == PYDOC:
         datasets.ensure_pydoc(home)
     controller = _controller(study, home)
@@ -62,12 +64,15 @@ def run_study(study: Study, home: Home, *, patience_seconds: float = 0.0) -> Out
 def _controller(study: Study, home: Home) -> Controller:
     data = preflight.check(study, home)
     launcher, slots = _launcher(study, home)
-    source = source_run.find(home, study.from_run) if study.from_run else None
+    sources = source_run.sources_of(home, study)
+    if study.script and study.resources.preflight and not home.study(study.name).ledger.exists():
+        script_check.prove(study, home)
+    pack = study.script.pack if study.script else BundleStore(home).build
     search = Search(study, home.study(study.name).optuna_journal)
     return Controller(
-        study, home, launcher=launcher, search=search, pack=BundleStore(home).build, code=bundle.code_state(), data_dir=data.root,
+        study, home, launcher=launcher, search=search, pack=pack, code=bundle.code_state(), data_dir=data.root,
         manifest_sha256=data.manifest_sha256, progress=Progress(study, RunStore(home)),
-        mirror=BackgroundMirror(home, study.name), slots=slots, source=source,
+        mirror=BackgroundMirror(home, study.name), slots=slots, sources=sources, baseline=baseline_of(home, study.confirm),
     )  # fmt: skip
 
 

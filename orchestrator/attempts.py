@@ -21,7 +21,7 @@ from trainer.protocol import AttemptDir, Failure, Result, RunDir
 
 DEATH_SECONDS = 2.0  # a job with no process and no result is given up after this: a result may still be on its way
 LEAVE_SECONDS = 60.0  # for a job's processes to go after its result, its stop or its timeout; the worker takes far less
-ASK_AGAIN_SECONDS = 5.0  # between two questions after a job of which it is not known whether the scheduler has it
+ASK_AGAIN_SECONDS = 2.0  # between two questions after a job of which it is not known whether the scheduler has it
 BEGIN_SECONDS = 60.0  # from another study's submission to its worker's claim, on the busiest machine
 
 
@@ -38,6 +38,7 @@ class Attempts:
         self.slots = slots
         self.progress = progress
         self.names = JobNames.of_study(study.name, home.root)
+        self._unanswered: set[tuple[str, int]] = set()
         self._ask_again_at = 0.0
         """When the scheduler is next asked after a job of which it is not known whether it has it; monotonic."""
 
@@ -90,9 +91,16 @@ class Attempts:
             )  # fmt: skip
         except Unanswered as error:
             self._ask_again_at = time.monotonic() + ASK_AGAIN_SECONDS
-            self.progress.note(f"run {attempt.run_id} attempt {attempt.number}: {error}; asked again until it answers")
+            self._note_silence(attempt, error)
         else:
             self._note_job(attempt, job_id)
+
+    def _note_silence(self, attempt: Attempt, error: Unanswered) -> None:
+        """Tell people once of each attempt, however long the scheduler does not answer."""
+        key = attempt.run_id, attempt.number
+        if key not in self._unanswered:
+            self._unanswered.add(key)
+            self.progress.note(f"run {attempt.run_id} attempt {attempt.number}: {error}; asked again until it answers")
 
     def _note_job(self, attempt: Attempt, job_id: str) -> None:
         self.ledger.decide(ledger.SUBMITTED, run_id=attempt.run_id, attempt=attempt.number, job_id=job_id)
@@ -179,7 +187,8 @@ class Attempts:
     def _ask_to_leave(self, attempt: Attempt) -> None:
         stop = self._files_of(attempt).stop
         if not stop.exists():  # its time says when it was asked
-            protocol.write_bytes_atomically(stop, b"")
+            is_given_up = attempt.stop_reason in ledger.EARLY
+            protocol.write_bytes_atomically(stop, protocol.GIVEN_UP if is_given_up else b"")
 
     # ------------------------------------------------------------------------------------------------ ending
 

@@ -64,7 +64,7 @@ class Backlog:
             return False
         settled = [self.results[run_id] for run_id in owner.runs.values() if self.standing(run_id) == SETTLED]
         attempts = [attempt for run_id in owner.runs.values() for attempt in self._state.attempts_of(run_id)]
-        is_stopped = any(attempt.stop_reason == ledger.MEDIAN for attempt in attempts)
+        is_stopped = any(attempt.stop_reason in ledger.EARLY for attempt in attempts)
         return is_stopped or any(r.status == protocol.STOPPED or is_failure(self.study, r) for r in settled)
 
     def wanted(self) -> list[Wanted]:

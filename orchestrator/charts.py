@@ -156,13 +156,13 @@ def _loss_range(curves: Sequence[Curve]) -> list[float] | None:
 
 def seeds_chart(evidence: Evidence) -> Chart | None:
     """Every seed's score and each arm's mean with its interval."""
-    stage = evidence.objective
-    arms = [arm for arm in evidence.arms if arm.values(stage)]
+    arms = [arm for arm in evidence.arms if arm.values(evidence.stage_of(arm))]
     if not arms:
         return None
-    figure = _figure(STAGE_NAMES[stage], "")
+    stages = {evidence.stage_of(arm) for arm in arms}
+    figure = _figure(STAGE_NAMES[evidence.objective] if len(stages) == 1 else "bits per byte", "")
     for arm in arms:
-        _add_seeds(figure, arm, stage)
+        _add_seeds(figure, arm, evidence.stage_of(arm))
     figure.update_yaxes(type="category", range=[-0.5, len(arms) - 0.5]).update_layout(
         height=110 + 60 * len(arms), showlegend=False
     )

@@ -222,7 +222,7 @@ class Claims:
     @property
     def stages(self) -> tuple[str, ...]:
         """Stages of the stored model that the configuration asks for."""
-        has_ttt = self.config is None or self.config.ttt.method != "off"
+        has_ttt = self.config is None or self.config.ttt.is_scored
         return RECHECKED if has_ttt else RECHECKED[: RECHECKED.index(protocol.TTT)]
 
     def limit(self, name: str) -> Any:
@@ -307,6 +307,7 @@ def check_id(spec: Spec, config: Config, run: RunDir) -> Check:
     request = RunRequest(
         preset=spec.preset, config=config, seed=spec.seed, replicate=spec.replicate, data_dir=spec.data_dir,
         manifest_sha256=spec.manifest_sha256, source=spec.source, source_sha256=spec.source_sha256,
+        source_part=spec.source_part,
     )  # fmt: skip
     return judged(SPEC_ID, run_id_of(request, spec.bundle_sha256), spec.run_id, run.spec)
 

@@ -91,21 +91,24 @@ def data_verify(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def study_check(arguments: argparse.Namespace, home: Home) -> int:
-    from orchestrator import preflight
+    from orchestrator import plan, preflight, source_run
     from orchestrator.study import load_study
 
-    study = load_study(arguments.file)
+    study = source_run.bound(home, load_study(arguments.file))
     data = preflight.check(study, home)
+    planned = plan.plan(study, home, slots=plan.slots_of(study))
     found = {
         "name": study.name, "question": study.question, "preset": study.preset, "data": str(data.root),
-        "knobs": list(study.space), "trials": study.search.trials, "runs_at_most": preflight.runs_of(study),
-        "warnings": study.warnings(),
+        "knobs": list(study.space), "trials": study.search.trials, "cells": [cell.name for cell in study.cells],
+        "seeds": study.confirm.seeds if study.confirm else study.search.seeds, "runs_at_most": preflight.runs_of(study),
+        "warnings": study.warnings(), "plan": plan.as_record(planned),
     }  # fmt: skip
     if arguments.json:
         show_json(found)
     else:
-        print(f"{study.name}: sound; {study.search.trials} trials over {', '.join(study.space) or 'no knobs'}")
+        print(f"{study.name}: sound; {study.plan_text()}")
         print(f"at most {found['runs_at_most']} runs of {study.preset} on {data.root}")
+        print(plan.as_text(planned))
         warn(study.warnings())
     return 0
 
@@ -113,6 +116,9 @@ def study_check(arguments: argparse.Namespace, home: Home) -> int:
 def study_run(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator.study import load_study
 
+    if arguments.dry_run:
+        arguments.json = False
+        return study_check(arguments, home)
     return carry_out(load_study(arguments.file), arguments, home)
 
 
@@ -144,6 +150,42 @@ def study_stop(arguments: argparse.Namespace, home: Home) -> int:
     return 0
 
 
+def study_enqueue(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import enqueued
+
+    home.require_writable()
+    study, settings = enqueued.named_study(home, arguments.study), parse_settings(arguments.set)
+    if bool(settings) == bool(arguments.source):
+        raise ConfigError(
+            "a point is needed: either --set KNOB=VALUE or --from SOURCE",
+            hint=f"{command_name()} study enqueue {study.name} --set {next(iter(study.space), 'KNOB')}=VALUE",
+        )
+    if arguments.source:
+        points, notes = enqueued.points_from(home, study, arguments.source, top=arguments.top)
+    else:
+        points, notes = [(enqueued.by_hand(study, settings), "by hand")], []
+    made, left_out = enqueued.enqueue(home, study, points)
+    for request in made:
+        values = ", ".join(f"{knob} = {value}" for knob, value in request.params.items())
+        print(f"{study.name}: will try {values} ({request.source})")
+    warn([*notes, *left_out])
+    return 0
+
+
+def costs(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import costs as bills
+    from orchestrator.cells import as_text
+
+    found = bills.bill(home, arguments.studies or home.study_names())
+    if arguments.json:
+        show_json(bills.as_record(found))
+    else:
+        print(as_text(bills.studies_table(found)))
+        for one in found.studies if arguments.studies else ():
+            print("", one.study, as_text(bills.phases_table(one)), sep="\n")
+    return tell_damage(found.problems)
+
+
 def run(arguments: argparse.Namespace, home: Home) -> int:
     study = study_from_run(arguments, home) if arguments.from_run else study_of_preset(arguments)
     return carry_out(study, arguments, home)
@@ -151,10 +193,11 @@ def run(arguments: argparse.Namespace, home: Home) -> int:
 
 def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
     """Run a study here, in a session of its own, or by jobs of the cluster that follow one another."""
-    from orchestrator import assembly, controller_job, detach
+    from orchestrator import assembly, controller_job, detach, source_run
     from orchestrator.study import SLURM
 
     role, files = detach.take_role(), home.study(study.name)
+    study = source_run.bound(home, study)
     warn(study.warnings())
     if study.interleave is not None and study.resources.launcher == SLURM:
         if role != detach.JOB:
@@ -228,7 +271,7 @@ def interleave_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def study_from_run(arguments: argparse.Namespace, home: Home) -> Study:
-    """A run's stored model, scored again with other knobs of evaluation. Raises ConfigError, ProtocolError."""
+    """Runs' stored models, scored again with other knobs of evaluation or rounding. Raises ConfigError, ProtocolError."""
     from orchestrator import source_run
     from orchestrator.study import record_study
 
@@ -237,12 +280,13 @@ def study_from_run(arguments: argparse.Namespace, home: Home) -> Study:
             f"a preset and --from exclude one another, got {arguments.preset!r} and --from {arguments.from_run}",
             hint="leave the preset out: the run has its own",
         )
-    source = source_run.find(home, arguments.from_run)
+    sources = source_run.find_all(home, arguments.from_run.split(","))
+    source = sources.runs[0]
     return record_study(
         source.spec.preset, data=arguments.data or source.spec.data_dir,
-        seeds=parse_seeds(arguments.seeds) if arguments.seeds else (source.spec.seed,),
+        seeds=parse_seeds(arguments.seeds) if arguments.seeds else sources.seeds,
         knobs={**source_run.knobs_set(source), **parse_settings(arguments.set)}, resources=resources_of(arguments),
-        name=arguments.name, from_run=source.spec.run_id,
+        name=arguments.name, from_runs=[found.spec.run_id for found in sources.runs],
     )  # fmt: skip
 
 
@@ -282,7 +326,7 @@ def compare(arguments: argparse.Namespace, home: Home) -> int:
 
 def import_records(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import gates, imports, leaderboard, mirror
-    from orchestrator.public_record import find_records
+    from orchestrator.record_folder import find_records
 
     home.require_writable()
     folders = [found for folder in arguments.folders for found in find_records(folder.expanduser())]
@@ -416,11 +460,11 @@ def ui(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def track(arguments: argparse.Namespace, home: Home) -> int:
-    from orchestrator import mirror
+    from orchestrator import mirror, tracking_server
 
     home.require_writable()
     damage = mirror.rebuild(home) if arguments.rebuild else mirror.sync_all(home)
-    print(home.mlflow_database)
+    print(tracking_server.place(home))
     return tell_damage(damage)
 
 
@@ -674,7 +718,11 @@ def _add_study(top: Adder) -> None:
         if name == "check":
             _add_json(parser)
         else:
+            parser.add_argument(
+                "--dry-run", action="store_true", help="print the plan, its hours and its price, and submit nothing"
+            )
             _add_controller(parser)
+    _add_enqueue(commands)
     for name, call, sentence in (
         ("status", study_status, "where a study stands"),
         ("stop", study_stop, "end a study after its running jobs"),
@@ -688,6 +736,23 @@ def _add_study(top: Adder) -> None:
     _add_json(commands.add("list", study_list, "every study and where it stands", "caddie study list"))
 
 
+def _add_enqueue(commands: Adder) -> None:
+    parser = commands.add(
+        "enqueue", study_enqueue, "try a point next: by hand, or as another study, record, preset or run had it",
+        "caddie study enqueue wd-qk-ttt-smoke --set model.qk_gain=4.5",
+    )  # fmt: skip
+    parser.add_argument("study", metavar="STUDY", help="a study's name, or its file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KNOB=VALUE",
+        help="a knob of the point; may be repeated, the others are the preset's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="source", metavar="SOURCE",
+        help="a study's best trials (STUDY, or STUDY:trial-3), an imported record (imports/NAME), a preset or a run",
+    )  # fmt: skip
+    parser.add_argument("--top", type=int, default=1, metavar="N", help="so many of another study's best trials")
+
+
 def _add_run(top: Adder) -> None:
     parser = top.add(
         "run", run, "a record attempt: one configuration on several seeds",
@@ -695,13 +760,13 @@ def _add_run(top: Adder) -> None:
     )  # fmt: skip
     parser.add_argument("preset", nargs="?", metavar="PRESET", help="a shipped preset, or a TOML file")
     parser.add_argument(
-        "--from", dest="from_run", metavar="RUN",
-        help="train nothing: score this run's stored model again, with other knobs of ttt and evaluation",
+        "--from", dest="from_run", metavar="RUN,RUN",
+        help="train nothing: score the stored models of these runs, or of a study's, with other knobs of ttt, evaluation or quant",
     )  # fmt: skip
     parser.add_argument(
         "--seeds",
         metavar="N,N,N",
-        help=f"default: {RECORD_SEEDS}; with --from the run's own, which only names the new run",
+        help=f"default: {RECORD_SEEDS}; with --from the runs' own",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KNOB=VALUE", help="change a knob; may be repeated"
@@ -722,7 +787,30 @@ def _add_run(top: Adder) -> None:
     )  # fmt: skip
     _add_cluster(parser)
     parser.add_argument("--name", help="name of the record (default: from what is asked)")
+    _add_interleave(parser)
     _add_controller(parser)
+
+
+def _add_interleave(parser: argparse.ArgumentParser) -> None:
+    """A candidate beside the preset."""
+    group = parser.add_argument_group("beside another configuration, by turns on one node")
+    group.add_argument(
+        "--interleave", action="store_true", help="run preset and candidate by turns, seed by seed, ABBA"
+    )
+    group.add_argument("--against", metavar="PRESET", help="the candidate: a preset, or a TOML file")
+    group.add_argument(
+        "--set-against", action="append", default=[], metavar="KNOB=VALUE", help="change a knob of the candidate alone"
+    )
+    group.add_argument(
+        "--max-gap",
+        type=float,
+        metavar="SHARE",
+        help="most by which a block's steps per second may differ (default: 0.02)",
+    )
+    group.add_argument(
+        "--throughput", choices=("equal", "median"),
+        help="what a block's speeds are compared with: one another (default), or the median block's ratio",
+    )  # fmt: skip
 
 
 def _add_controller(parser: argparse.ArgumentParser) -> None:
@@ -775,6 +863,12 @@ def _add_views(top: Adder) -> None:
     _add_compare(top)
     _add_verify(top)
     _add_records(top)
+    parser = top.add(
+        "costs", costs, "GPU-hours and price by study, purpose and phase, and what an accepted improvement cost",
+        "caddie costs wd-qk-ttt-smoke",
+    )  # fmt: skip
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help="default: every study")
+    _add_json(parser)
     parser = top.add("ui", ui, "MLflow's pages on what has been run", f"caddie ui --port {UI_PORT}")
     parser.add_argument(
         "--host", default=UI_HOST, help="address to listen on (default: %(default)s, this machine only)"
@@ -824,7 +918,7 @@ def _add_records(top: Adder) -> None:
     _add_json(parser)
     parser = top.add(
         "package", package_record, "the submission folder of a record, made from its runs and reviewed",
-        "caddie package record-pr1326-1a2b3c4d --out my-record --author 'A. Player' --github-id aplayer",
+        "caddie package record-pr1326-1a2b3c4d --out my-record --author APlayer --github-id aplayer",
     )  # fmt: skip
     parser.add_argument("record", metavar="RECORD", help="a study's name, with :ARM for another than its best point")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")

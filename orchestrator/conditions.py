@@ -60,6 +60,11 @@ PARITY = Rule(
     "the two forward paths differ: no score with test-time training means anything",
 )
 PARITY_CLAIM = Rule("c3.parity.run", PARITY.text, PARITY.remedy)
+BEFOREHAND = Rule(
+    "c3.before_quantization",
+    "nothing of the validation split may be learned before it is scored",
+    "a study of what rounding does to learning, and no submission: set ttt.before_quantization to false",
+)
 COVERAGE = Rule(
     "c4.once",
     "each position must be scored exactly once",
@@ -109,6 +114,8 @@ def check_conditions(claims: Claims, measured: Mapping[str, Any]) -> list[Check]
         checks.append(
             _within(PARITY_CLAIM, 0.0, parity, MEAN_NATS, claims.result_file, "nats per token, as the run measured it")
         )
+    if claims.config is not None and claims.config.ttt.before_quantization:
+        checks.append(judged(BEFOREHAND, False, True, claims.run.spec))
     return [*checks, *_counts(claims, measured)]
 
 

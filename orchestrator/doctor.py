@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from orchestrator import datasets, lock
+from orchestrator import datasets, lock, tracking_server
 from orchestrator.errors import CaddieError, MachineError
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
@@ -39,7 +39,11 @@ gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({"version": torch.__version__, "gpus": gpus, "cuda": torch.version.cuda}))
 """
 
-MEANT_FOR = {"dev": "work on caddie itself"}
+MEANT_FOR = {
+    "dev": "work on caddie itself",
+    "postgresql": "keep Optuna's or MLflow's tables on a server",
+    "s3": "keep MLflow's artifacts in object storage",
+}
 """Extras without which everything that a user does still works."""
 
 
@@ -261,7 +265,15 @@ def data_set(home: Home, name: str) -> Finding:
 
 
 def mlflow_database(home: Home) -> Finding:
-    """MLflow's database can be read; it is a view, so its loss costs nothing."""
+    """MLflow's database can be read, or its server; it is a view, so its loss costs nothing."""
+    try:
+        server = tracking_server.address()
+    except CaddieError as error:
+        return Finding(name="MLflow", status=WARN, found=str(error), remedy=error.hint or "")
+    if server:
+        problem = tracking_server.problem()
+        status, remedy = (WARN, f"start it, or {tracking_server.SIGN_IN}") if problem else (OK, "")
+        return Finding(name="MLflow", status=status, found=f"{server}: {problem or 'lets us in'}", remedy=remedy)
     path = home.mlflow_database
     if not path.exists():
         return Finding(name="MLflow", status=OK, found="no database yet; the first study makes it")

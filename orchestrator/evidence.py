@@ -17,7 +17,7 @@ from orchestrator.ledger import Arm, Ledger, StudyState, Trial
 from orchestrator.places import lines_of
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
-from orchestrator.study import Study, parse_study
+from orchestrator.study import Study, on_seeds, parse_study
 from trainer import protocol
 from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result
 
@@ -221,6 +221,10 @@ class Evidence:
     def objective(self) -> str:
         return self.study.search.objective
 
+    def stage_of(self, arm: ArmEvidence) -> str:
+        """Stage at which an arm is compared: the objective's, but for a design's cell that has no such stage."""
+        return self.study.stage_of(arm.params) if self.study.cells else self.objective
+
     @property
     def runs(self) -> tuple[RunEvidence, ...]:
         """Every run by owner, the arms' first."""
@@ -276,7 +280,9 @@ def read_study(home: Home, study_name: str) -> tuple[Study, StudyState]:
     if not state.source:
         known = ", ".join(home.study_names()) or "none yet"
         raise ConfigError(f"{ledger.path}: there is no study {study_name!r}", hint=f"there are: {known}")
-    return parse_study(state.source), state
+    study, asked = parse_study(state.source), [*state.trials.values(), *state.arms.values()]
+    seeds = tuple(dict.fromkeys(seed for owner in asked for seed in owner.runs))
+    return on_seeds(study, seeds) if study.from_runs and seeds else study, state
 
 
 def study_names(home: Home) -> list[str]:

@@ -68,8 +68,11 @@ def families(home: Home, run_ids: Collection[str]) -> tuple[list[Relative], list
 
 
 def family_of(spec: Spec) -> str:
-    """What runs share that differ in the seed alone, or in the trainer's bundle: configuration, data, scored model."""
-    identity = [without_resuming(spec.config), spec.manifest_sha256, spec.source_sha256]
+    """What runs share that differ in the seed alone, or in the trainer's bundle: configuration, data, what is not made anew.
+
+    Each seed may score a model of its own, which the same configuration made.
+    """
+    identity = [without_resuming(spec.config), spec.manifest_sha256, spec.source_part if spec.source else ""]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -48,6 +48,10 @@ class StudyDir:
         return self.root / "stop"
 
     @property
+    def queue(self) -> Path:  # points that people want tried next, a file each
+        return self.root / "queue"
+
+    @property
     def report(self) -> Path:
         return self.root / "report"
 
@@ -62,6 +66,18 @@ class StudyDir:
     @property
     def report_data(self) -> Path:
         return self.report / "report.json"
+
+    @property
+    def liveness(self) -> Path:  # what was seen of a script's variables before the first run
+        return self.root / "liveness.json"
+
+    @property
+    def reproduction_text(self) -> Path:  # a public record's numbers beside the study's
+        return self.report / "reproduction.md"
+
+    @property
+    def reproduction_data(self) -> Path:
+        return self.report / "reproduction.json"
 
     @property
     def record_csv(self) -> Path:
@@ -149,6 +165,14 @@ class Home:
         return self.root / "gates.toml"
 
     @property
+    def purse(self) -> Path:  # GPU-seconds promised and taken, of every study
+        return self.root / "purse.jsonl"
+
+    @property
+    def purse_lock(self) -> Path:
+        return self.root / "purse.lock"
+
+    @property
     def mlflow_database(self) -> Path:
         return self.root / "mlflow.db"
 
@@ -178,6 +202,13 @@ class Home:
     @property
     def bundles(self) -> Path:  # packed trainers, by what they were packed from; losing them costs time only
         return self.root / "bundles"
+
+    @property
+    def scripts(self) -> Path:  # programs of others, as they were when they were asked for
+        return self.root / "scripts"
+
+    def script(self, name: str) -> Path:
+        return self.scripts / name
 
     def run(self, run_id: str) -> RunDir:
         return RunDir(self.runs / run_id)

@@ -23,7 +23,12 @@ def identity_of(study: Study, *, manifest_sha256: str, bundle_sha256: str) -> di
         "space": space,
         "objective": study.search.objective,
         "seeds": study.search.seeds,
+        "limits": [sorted(study.limits.items()), study.search.also_minimize],
     }
+    if study.script is not None:
+        parts["variables"] = dict(study.script.env)
+    if study.cells:
+        parts["cells"] = [[cell.name, cell.params, cell.replicate] for cell in study.cells]
     if study.candidate is not None:
         parts["candidate"] = to_mapping(study.candidate)
     hashes = {what: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for what, value in parts.items()}

@@ -13,6 +13,7 @@ from orchestrator.mlflow_entries import Point, milliseconds
 from orchestrator.mlflow_views import record_views
 from orchestrator.public_log import LoggedRun
 from orchestrator.public_record import PublicRecord, RecordedSeed
+from orchestrator.statistics import mean
 from orchestrator.tracking import MlflowRun, MlflowStore
 from trainer import protocol
 
@@ -128,6 +129,10 @@ def final_values(seed: RecordedSeed) -> dict[str, float]:
 def _finish_record(store: MlflowStore, found: MlflowRun, imported: ImportedRecord) -> None:
     record, summary = imported.record, imported.record.summary
     values = {SUBMITTED: summary.mean, SPREAD: summary.std, "final/artifact_bytes": record.most_bytes}
+    for stage in reversed(protocol.STAGES):
+        values[f"final/{stage}_bpb"] = mean(
+            [line.bpb for seed in record.seeds if seed.score and (line := seed.stage(stage))]
+        )
     known = {name: float(value) for name, value in values.items() if value is not None}
     store.log_metrics(found, entries.final_points(known, _day(record)))
     for path in sorted(imported.folder.files.iterdir()):

@@ -22,7 +22,8 @@ from orchestrator import __version__
 from orchestrator.errors import CaddieError, ConfigError, ProtocolError
 from orchestrator.evidence import ScoredArm
 from orchestrator.home import Home, ImportDir
-from orchestrator.public_record import LOG_SUFFIXES, MOST_LOG_BYTES, PublicRecord, read_record, scored_arm
+from orchestrator.public_record import PublicRecord, scored_arm
+from orchestrator.record_folder import LOG_SUFFIXES, MOST_LOG_BYTES, read_record
 from trainer.config import nearest
 from trainer.protocol import read_json, sha256_of, storage_error, write_bytes_atomically, write_json_atomically
 

@@ -19,8 +19,10 @@ from trainer.protocol import DATA, DISK, NODE, PREEMPTED, RETRYABLE, STOPPED, ap
 
 # Kinds of record. Each record carries `kind` and `time` (unix seconds).
 OPENED = "opened"  # source (the study file's text), digest, identity {what: hash}, caddie (version)
-TRIAL_ASKED = "trial_asked"  # trial, origin, params {knob: value}, runs {seed: run_id}
-TRIAL_TOLD = "trial_told"  # trial, state, value, constraints {name: value}, intermediate {per mille: value}, reason
+TRIAL_ASKED = (
+    "trial_asked"  # trial, origin, params {knob: value}, runs {seed: run_id}; queued (id), source where enqueued
+)
+TRIAL_TOLD = "trial_told"  # trial, state, value, constraints, measures {name: value}, intermediate {per mille: value}, reason, failure
 ARM_ASKED = "arm_asked"  # arm, trial, params, runs {seed: run_id}
 SUBMITTING = "submitting"  # run_id, attempt, tag, resources: the intention, before the scheduler hears of it
 SUBMITTED = "submitted"  # run_id, attempt, job_id
@@ -29,10 +31,13 @@ STOP_ASKED = "stop_asked"  # run_id, attempt, reason
 CLOSED = "closed"  # reason
 
 RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"  # state of a trial
-BY_PRESET, BY_SAMPLER = "preset", "sampler"  # origin of a trial
+BY_PRESET, BY_SAMPLER, BY_HAND = "preset", "sampler", "enqueued"  # origin of a trial
 PRESET_ARM, BEST_ARM = "preset", "best"  # arm; where a candidate is named and nothing searched, that one is the second
 MEDIAN, CANCELLED = "median", "cancelled"  # reason for which an attempt is stopped
+HALVING, DIVERGED, SLOW = "halving", "not a finite number", "too slow"  # the same, of a trial
+EARLY = frozenset({MEDIAN, HALVING, DIVERGED, SLOW})  # reasons that give up a trial: its runs are not wanted again
 FINISHED, HALTED, BROKEN = "finished", "stopped", "failed"  # reason for which a study is closed
+SPENT = "ended by its budget"  # the same, with trials or seeds left that its caps do not let begin
 
 TO_MEND = frozenset(
     {DISK, DATA}
@@ -66,6 +71,15 @@ class Trial:
 
     reason: str = ""
     """Why it failed or was stopped."""
+
+    measures: dict[str, float] = field(default_factory=dict)
+    """What its runs took, of the seeds the worst; see orchestrator.measures."""
+
+    failure: str | None = None
+    """Kind of the failure, where it failed."""
+
+    queued: str | None = None
+    """Id of the request by which it was enqueued."""
 
     @property
     def is_feasible(self) -> bool:
@@ -207,12 +221,14 @@ def apply(state: StudyState, record: Mapping[str, Any]) -> None:
     elif kind == TRIAL_ASKED:
         number = record["trial"]
         state.trials[number] = Trial(
-            number=number, origin=record["origin"], params=record["params"], runs=_by_int(record["runs"])
-        )
+            number=number, origin=record["origin"], params=record["params"], runs=_by_int(record["runs"]),
+            queued=record.get("queued"),
+        )  # fmt: skip
     elif kind == TRIAL_TOLD:
         trial = state.trials[record["trial"]]
         trial.state, trial.value, trial.reason = record["state"], record["value"], record.get("reason", "")
         trial.constraints, trial.intermediate = record["constraints"], _by_int(record["intermediate"])
+        trial.measures, trial.failure = record.get("measures", {}), record.get("failure")
     elif kind == ARM_ASKED:
         state.arms[record["arm"]] = Arm(
             name=record["arm"], trial=record["trial"], params=record["params"], runs=_by_int(record["runs"])

@@ -64,8 +64,10 @@ def rebuild(home: Home) -> list[str]:
     """MLflow again from ledgers and run directories; the old database gives way only when the new one is complete.
 
     Returns what could not be read. The old database stays beside the new one until the next rebuild; its artifacts,
-    copies of what the run directories hold, are removed.
+    copies of what the run directories hold, are removed. On a server the runs of this home's studies are put away first.
     """
+    if MlflowStore(home).server:
+        return _rebuild_on_server(MlflowStore(home))
     fresh = home.mlflow_database.with_name(f".{home.mlflow_database.name}.{os.getpid()}.{time.time_ns()}")
     store = MlflowStore(home, database=fresh)
     with store.held():
@@ -78,6 +80,13 @@ def rebuild(home: Home) -> list[str]:
             fresh.unlink(missing_ok=True)
         _remove_other_artifacts(home, store.mlflow_ids)
     return problems
+
+
+def _rebuild_on_server(store: MlflowStore) -> list[str]:
+    with store.held():
+        for name in store.home.study_names():
+            store.put_away(name)
+        return _sync_every_study(store)
 
 
 def _sync_every_study(store: MlflowStore) -> list[str]:

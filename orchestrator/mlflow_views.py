@@ -20,6 +20,12 @@ LEVEL, STATUS = "caddie.level", "caddie.status"
 COLUMN_PIXELS = 150
 """Width of a column: a score with its digits, a knob with its name."""
 
+TRAINING_PAGES = "workflowType=machine_learning"
+"""Of a link: without it MLflow shows its pages for conversations."""
+
+GENERATED = ("final", "by_ms", "phase_seconds", "constraint", "Model metrics", "System metrics")
+"""Sections into which the page puts a chart of every other metric, by the beginning of its name: closed below ours."""
+
 MOST_KNOBS = 12
 """Knobs with a chart of their own; the chart of all of them together has every one."""
 
@@ -30,12 +36,13 @@ MOST_RUNS = 100
 def path_of(experiment_id: str, view: str, *, has_charts: bool = False) -> str:
     """Path of a view within MLflow's UI."""
     mode = "&compareRunsMode=CHART" if has_charts else ""
-    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={view}{mode}&workflowType=machine_learning"
+    return f"/#/experiments/{experiment_id}/runs?viewStateShareKey={view}{mode}&{TRAINING_PAGES}"
 
 
 def run_path(experiment_id: str, mlflow_id: str, artifact: str = "") -> str:
     """Link to a run's page, or to one of its artifacts, from a page of the same UI."""
-    return f"#/experiments/{experiment_id}/runs/{mlflow_id}" + (f"/artifacts/{artifact}" if artifact else "")
+    place = f"/artifacts/{artifact}" if artifact else ""
+    return f"#/experiments/{experiment_id}/runs/{mlflow_id}{place}?{TRAINING_PAGES}"
 
 
 def study_views(study: Study) -> dict[str, str]:
@@ -71,12 +78,20 @@ def _view(
         "selectedColumns": columns, "columnOrder": columns, "columnWidths": dict.fromkeys(columns, COLUMN_PIXELS),
         "orderByKey": f"metrics.`{order_by}`", "orderByAsc": True, "searchFilter": filter_by,
         "compareRunCharts": charts,
-        "compareRunSections": [
-            {"uuid": name, "name": name, "display": True, "isReordered": False, "deleted": False, "isGenerated": False}
-            for name in sections
-        ],
-        "isAccordionReordered": False, "hideEmptyCharts": True,
+        "compareRunSections": [_section(name, is_open=name in sections) for name in (*sections, *GENERATED)],
+        "isAccordionReordered": True, "hideEmptyCharts": True,  # in this order, not by the alphabet
     }  # fmt: skip
+
+
+def _section(name: str, *, is_open: bool) -> dict[str, Any]:
+    return {
+        "uuid": name,
+        "name": name,
+        "display": is_open,
+        "isReordered": False,
+        "deleted": False,
+        "isGenerated": False,
+    }
 
 
 def _curves(metrics: Sequence[str], knobs: Sequence[str], order_by: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator import compile_cache
+from orchestrator import compile_cache, data_view
 from orchestrator.compile_cache import Found
 from trainer import protocol
 from trainer.errors import CaddieError, DataError, StorageError
@@ -248,6 +248,8 @@ def check_data(node: Node, state: State) -> tuple[str, str]:
     Raises DataError where a file is another than it should be: it is so for every node.
     """
     data = DataDir(Path(node.spec.data_dir))
+    if node.spec.script and data_view.is_laid_out(data.root):
+        return UNDECIDED, f"{data.root}: others prepared it, and no manifest says what belongs to it"
     if not data.manifest.exists():
         return FAILED, f"{data.manifest}: not there, as from a file system that is not mounted"
     manifest = protocol.read_manifest(data.manifest)

@@ -28,7 +28,7 @@ class OpenRule:
 
 
 def learns(config: Config) -> bool:
-    return config.ttt.method != "off"
+    return config.ttt.is_scored
 
 
 OPEN_RULES = (

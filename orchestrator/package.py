@@ -20,12 +20,12 @@ from typing import Any
 from orchestrator import __version__, study
 from orchestrator.cells import as_markdown, params_text
 from orchestrator.checks import FAILED
+from orchestrator.disagreements import LIMITS, README
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import BEST_ARM, ArmEvidence, RunEvidence, gather
 from orchestrator.family import Relative, families
 from orchestrator.home import Home
 from orchestrator.log_text import decimals, log_text
-from orchestrator.public_record import LIMITS, README
 from orchestrator.review import REQUIREMENTS, SEEDS, Evaluated, Review, review, without_hardware
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.source_run import differences
@@ -44,6 +44,7 @@ NEEDED = ("torch", "numpy", "sentencepiece", "brotli", "constriction")
 
 REFUSED_KNOBS = {
     "evaluation.slot_steps": (0, "SLOT optimises on what it then scores: #1240, #1336"),
+    "ttt.before_quantization": (False, "the stored model has learned what it then scores: condition 3 of #1017"),
 }
 """Techniques that reviewers refuse: the value that switches each off, and why."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from orchestrator import datasets, source_run
+from orchestrator import datasets, plan, script_check, source_run
 from orchestrator.datasets import PreparedData
 from orchestrator.errors import StorageError
 from orchestrator.home import Home
@@ -15,9 +15,9 @@ COMMON_BYTES = 200_000_000  # ledger, logs, reports, MLflow's database
 
 
 def runs_of(study: Study) -> int:
-    """Most runs that a study makes: its trials by their seeds, and two confirmed configurations."""
+    """Most runs that a study makes: its trials by their seeds, and two confirmed configurations or a design's cells."""
     confirmed = len(study.confirm.seeds) if study.confirm else 0
-    arms = 2 if study.search.trials or study.candidate is not None else 1
+    arms = len(study.cells) or (2 if study.search.trials or study.candidate is not None else 1)
     return study.search.trials * len(study.search.seeds) + confirmed * arms
 
 
@@ -35,15 +35,21 @@ def require_disk(study: Study, home: Home) -> None:
 def check(study: Study, home: Home) -> PreparedData:
     """Everything that can be known beforehand; returns the study's data set.
 
-    Raises StorageError, DataError, ProtocolError; ConfigError where the data set's vocabulary is not the model's, or
+    Raises StorageError, DataError, ProtocolError; ConfigError where a cap lets nothing begin, the data set's vocabulary is not the model's, or
     the study scores a run's model again that it has not, or otherwise than it was made.
     """
     home.require_writable()
+    plan.require_caps(study)
+    if study.script:
+        data = script_check.check(study, home)
+        require_disk(study, home)
+        return data
     data = datasets.find(home, study.data)
     datasets.require_sound(data)
     for config in (study.config, study.candidate or study.config):
         datasets.require_vocabulary(data, config.model.vocab_size)
-    if study.from_run:
-        source_run.require_scorable(source_run.find(home, study.from_run), study.config, data.manifest_sha256)
+    sources = source_run.sources_of(home, study)
+    if sources:
+        source_run.require_takeable(sources, study, data.manifest_sha256)
     require_disk(study, home)
     return data

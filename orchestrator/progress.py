@@ -98,7 +98,7 @@ def runs_asked(study: Study, state: StudyState) -> int:
     if study.confirm is None:
         return searched
     is_known = len(state.arms) > 0 or study.search.trials == 0
-    arms = max(1, len(state.arms)) if is_known else 2
+    arms = len(study.cells) or (max(1, len(state.arms)) if is_known else 2)
     return searched + arms * len(study.confirm.seeds)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.cells import ABSENT, Cell, Link, Table
@@ -29,7 +29,7 @@ def listing(home: Home, evidence: Evidence) -> Listing:
         specs = [spec for run in arm.runs if (spec := _spec(home, run)) is not None]
         if specs:
             seeds = ",".join(str(run.seed) for run in arm.runs)
-            parts.append((f"{arm.name} alone:", _run_command(evidence, specs[0], seeds)))
+            parts.append((f"{arm.name} alone:", _run_command(evidence, specs, seeds)))
     checked = next((run for arm in evidence.arms for run in arm.runs if run.result and run.result.artifact_bytes), None)
     if checked is not None:
         by_hand = f"torchrun --standalone --nproc_per_node={checked.result.world_size if checked.result else 1} train_gpt.py ."
@@ -43,13 +43,19 @@ def listing(home: Home, evidence: Evidence) -> Listing:
     return Listing(title="How to repeat it", parts=(*parts, ("study.toml:", evidence.state.source.strip())))
 
 
-def _run_command(evidence: Evidence, spec: Spec, seeds: str) -> str:
-    """`caddie run` with the settings in which the run's configuration differs from its preset."""
-    words = ["caddie", "run", spec.preset, "--seeds", seeds, "--data", evidence.study.data]
-    for knob, value in _settings(evidence, spec):
+def _run_command(evidence: Evidence, specs: Sequence[Spec], seeds: str) -> str:
+    """`caddie run` with the settings in which the runs' configuration differs from its preset."""
+    words = ["caddie", "run", *_whence(specs), "--seeds", seeds, "--data", evidence.study.data]
+    for knob, value in _settings(evidence, specs[0]):
         words += ["--set", f"{knob}={_as_setting(value)}"]
     gpus = evidence.study.resources.gpus_per_run
     return shlex.join([*words, *(["--gpus", str(gpus)] if gpus else [])])
+
+
+def _whence(specs: Sequence[Spec]) -> list[str]:
+    """What is trained, or the runs whose models are scored again."""
+    sources = dict.fromkeys(spec.source for spec in specs if spec.source)
+    return ["--from", ",".join(sources)] if sources else [specs[0].preset]
 
 
 def _settings(evidence: Evidence, spec: Spec) -> Iterator[tuple[str, object]]:

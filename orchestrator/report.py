@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import compare, interleave, repeat
+from orchestrator import compare, interactions, interleave, noise, repeat
 from orchestrator.arms import find_arm, study_arm
 from orchestrator.cells import Table, as_markdown, as_text, bpb, params_text, probability, signed
 from orchestrator.charts import Chart, charts
@@ -70,6 +71,9 @@ class Report:
     blocks: tuple[Block, ...]
     """Of a comparison by turns on one node; empty for every other study."""
 
+    design: tuple[Table, ...]
+    """What the cells of a design show; empty for every other study."""
+
     family: tuple[Relative, ...]
     """Every run of the arms' configurations."""
 
@@ -102,15 +106,16 @@ def write_report(home: Home, study_name: str, *, against: str | None = None, gat
     weaknesses = [*warnings(evidence), *interleave.warnings(evidence, blocks)]
     weaknesses += _family_warnings(home, evidence, family, comparison)
     own_claim = interleave.claim(evidence, blocks) if blocks else claim(evidence)
+    design = design_tables(evidence)
     report = Report(
         evidence=evidence, comparison=comparison, blocks=blocks, family=tuple(family),
         claim=" ".join([own_claim, *_against(comparison, against)]),
         weaknesses=tuple(dict.fromkeys(weaknesses)),
         damage=tuple(dict.fromkeys([*evidence.problems, *unreadable, *misfits])),
         tables=(
-            *((interleave.table(evidence, blocks),) if blocks else ()),
+            *((interleave.table(evidence, blocks),) if blocks else ()), *design,
             *all_tables(home, evidence, curves, comparison, family, sizes),
-        ), repeat=repeat.listing(home, evidence),
+        ), design=design, repeat=repeat.listing(home, evidence),
         page=folder.report_page, text=folder.report_text, data=folder.report_data, record_csv=folder.record_csv,
     )  # fmt: skip
     plots = charts(evidence, curves, _importance(evidence), sizes)
@@ -194,7 +199,11 @@ def _family_warnings(
 ) -> list[str]:  # fmt: skip
     """What is known of runs that the arms do not show; seeds without a score are told elsewhere."""
     if comparison is None:
-        arms = [study_arm(home, evidence, arm.name, family=family) for arm in evidence.arms if arm.runs]
+        arms = [
+            study_arm(home, evidence, arm.name, stage=evidence.stage_of(arm), family=family)
+            for arm in evidence.arms
+            if arm.runs
+        ]
         return [warning for arm in arms for warning in compare.arm_warnings(arm)]
     missing = {
         f"{arm.name}: no score of {text}" for arm in (comparison.candidate, comparison.baseline) for text in arm.missing
@@ -213,7 +222,7 @@ def all_tables(
     gates_and_tests = comparison_tables(comparison)
     found = [
         *gates_and_tests[:1],
-        *(record_table(arm) for arm in evidence.arms),
+        *(record_table(arm) for arm in evidence.arms if not evidence.study.cells),
         *gates_and_tests[1:],
         footing_table(evidence, curves, (BEST_ARM, PRESET_ARM)),
         params_table(evidence),
@@ -231,12 +240,19 @@ def all_tables(
     return [table for table in found if table.rows]
 
 
+def design_tables(evidence: Evidence) -> tuple[Table, ...]:
+    """The tables of a factorial study or of one of the noise; none for every other study."""
+    components = noise.table(evidence)
+    return (*interactions.tables(evidence), *((components,) if components else ()))
+
+
 def sections(report: Report, plots: Sequence[Chart]) -> list[Section]:
     """Gates and records first, then the plots with the tests, then every number behind them, and how to repeat it."""
     titles = ("Gates", "Blocks", "Tests", "At equal steps and equal time")
-    records = [table for table in report.tables if table.summary_rows]
-    named = {table.title: table for table in report.tables if table.title in titles}
-    others = [table for table in report.tables if not table.summary_rows and table.title not in titles]
+    tables = [table for table in report.tables if table not in report.design]
+    records = [*report.design, *(table for table in tables if table.summary_rows)]
+    named = {table.title: table for table in tables if table.title in titles}
+    others = [table for table in tables if not table.summary_rows and table.title not in titles]
     first = [chart for chart in plots if chart.name in EVIDENCE_FIRST]
     last = [chart for chart in plots if chart.name not in EVIDENCE_FIRST]
     gates, *tests = [named.get(title) for title in titles]
@@ -250,6 +266,8 @@ def sections(report: Report, plots: Sequence[Chart]) -> list[Section]:
 
 def claim(evidence: Evidence) -> str:
     """What the study shows, in one sentence that says "within noise" where it is."""
+    if evidence.study.cells:
+        return noise.claim(evidence) if evidence.study.noise else interactions.claim(evidence)
     improvement, stage = evidence.improvement, STAGE_NAMES[evidence.objective]
     best, preset = evidence.arm(BEST_ARM), evidence.arm(PRESET_ARM)
     if improvement is not None and best is not None and preset is not None and improvement.value is not None:
@@ -332,10 +350,18 @@ def warnings(evidence: Evidence) -> list[str]:
             for run in arm.runs
             if run.audited == FAILED
         ]
-        found += [
-            f"{arm.name}, seed {run.seed}: the trainer warned of {text}." for run in arm.runs for text in run.warned
-        ]
-    return found
+        if not evidence.study.cells:
+            found += [
+                f"{arm.name}, seed {run.seed}: the trainer warned of {text}." for run in arm.runs for text in run.warned
+            ]
+    return [*found, *_warned_cells(evidence)]
+
+
+def _warned_cells(evidence: Evidence) -> list[str]:
+    """The trainer's warnings over all runs of a design, by name: each run's own would bury what matters."""
+    runs = [run for arm in evidence.arms for run in arm.runs] if evidence.study.cells else []
+    counts = Counter(name for run in runs for name in {text.partition(" (")[0] for text in run.warned})
+    return [f"The trainer warned of {name} in {count} of {len(runs)} runs." for name, count in counts.items()]
 
 
 def _is_over_cap(run: RunEvidence) -> bool:
@@ -355,7 +381,8 @@ def _footer(evidence: Evidence, folder: StudyDir) -> str:
 def render_text(report: Report) -> str:
     """The record tables, the claim and its gates, for a terminal."""
     evidence = report.evidence
-    parts = [as_text(record_table(arm, has_sources=False)) for arm in evidence.arms]
+    parts = [as_text(table) for table in report.design]
+    parts += [as_text(record_table(arm, has_sources=False)) for arm in evidence.arms if not evidence.study.cells]
     parts += [as_text(table) for table in report.tables if report.blocks and table.title == "Blocks"]
     if evidence.study.space:
         parts.append(as_text(params_table(evidence)))
@@ -393,6 +420,8 @@ def as_record(report: Report) -> dict[str, Any]:
         "closed": evidence.state.closed,
         "claim": report.claim,
         "blocks": interleave.as_record(report.blocks),
+        "factorial": interactions.as_record(evidence),
+        "noise": noise.as_record(evidence),
         "problems": list(report.problems),
         "std_convention": STD_CONVENTION,
         "confidence": CONFIDENCE,

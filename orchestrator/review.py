@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.checks import FAILED, PASSED, UNDECIDED, Check, Rule, Value, is_at_most, judged, undecided
+from orchestrator.disagreements import LIMITS, README
 from orchestrator.errors import ProtocolError
 from orchestrator.findings import check_table, failed_lines, undecided_lines
 from orchestrator.log_text import SOURCE_HASH
 from orchestrator.public_log import LoggedRun
-from orchestrator.public_record import LIMITS, README, PublicRecord, RecordedSeed, read_record
+from orchestrator.public_record import PublicRecord, RecordedSeed
+from orchestrator.record_folder import read_record
 from trainer.protocol import RunDir, sha256_of
 
 SEEDS = 3  # of one configuration, for a row of the leaderboard (#2124)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,32 @@ class RunRequest:
     data_dir: str
     manifest_sha256: str
     source: str = ""
-    """Run whose model file is scored again instead of training; empty for a run that trains."""
+    """Run whose model is scored again instead of training; empty for a run that trains."""
 
     source_sha256: str = ""
+    source_part: str = protocol.ARTIFACT
+    """Which file of it: ARTIFACT or WEIGHTS."""
+
+    script: str = ""
+    """Name of the program of somebody else's that is run; empty for our trainer."""
+
+    script_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What such a program is given, in place of `config`."""
+
     study: str = ""
     trial: int | None = None
+
+    @property
+    def values(self) -> dict[str, dict[str, Any]]:
+        """The configuration as the spec keeps it."""
+        return (
+            {name: dict(part) for name, part in self.script_values.items()} if self.script else to_mapping(self.config)
+        )
 
 
 def run_id_of(request: RunRequest, bundle_sha256: str) -> str:
     """The same question has the same id: a hash of config, seed, replicate, data manifest, bundle and source."""
-    identity = [to_mapping(request.config), request.seed, request.replicate, request.manifest_sha256, bundle_sha256]
+    identity = [request.values, request.seed, request.replicate, request.manifest_sha256, bundle_sha256]
     if request.source_sha256:
         identity.append(request.source_sha256)
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -61,14 +78,16 @@ class RunStore:
         if not run.spec.exists():
             protocol.write_bytes_atomically(run.bundle, bundle)
             if request.source:
-                protocol.write_bytes_atomically(run.source, self.home.run(request.source).artifact.read_bytes())
+                _share(part_of(self.home.run(request.source), request.source_part), run.source)
             protocol.write_spec(
                 run.spec,
                 Spec(
                     run_id=run.run_id, seed=request.seed, replicate=request.replicate, preset=request.preset,
-                    config=to_mapping(request.config), data_dir=request.data_dir,
+                    config=request.values, data_dir=request.data_dir,
                     manifest_sha256=request.manifest_sha256, bundle_sha256=bundle_sha256, code=code,
-                    source=request.source, source_sha256=request.source_sha256, study=request.study, trial=request.trial,
+                    source=request.source, source_sha256=request.source_sha256,
+                    source_part=request.source_part, script=request.script, study=request.study,
+                    trial=request.trial,
                 ),
             )  # fmt: skip
         return run
@@ -124,6 +143,23 @@ class RunStore:
             if attempt.result.exists() and protocol.read_result(attempt.result).status == protocol.COMPLETE:
                 return attempt
         return attempts[-1] if attempts else None
+
+
+def part_of(run: RunDir, part: str) -> Path:
+    """The file of a run that another run may take."""
+    return run.weights if part == protocol.WEIGHTS else run.artifact
+
+
+def _share(path: Path, other: Path) -> None:
+    """Give a file a second name, or a copy where the file system has none for it; raises StorageError.
+
+    Nothing that is shared is ever written in place, and its SHA-256 is compared before it is read.
+    """
+    try:
+        other.unlink(missing_ok=True)  # of a controller that was killed before the spec was written
+        os.link(path, other)
+    except OSError:
+        protocol.write_bytes_atomically(other, path.read_bytes())
 
 
 def without_resuming(config: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

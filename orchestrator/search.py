@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
+import random
 import statistics
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,16 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from orchestrator import ledger
+from orchestrator import evolution, ledger
 from orchestrator.errors import ConfigError, MachineError
+from orchestrator.evolution import Seen
 from orchestrator.ledger import StudyState, Trial
-from orchestrator.space import Choice, Range
+from orchestrator.space import Choice, NumberRange, Range, grid_values
 from orchestrator.study import Study
-from trainer.protocol import storage_error
+from trainer.protocol import CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT, storage_error
 
 PERTURBATIONS = 8
 """Further proposals that are asked for where a proposal repeats an earlier trial; a small grid may have no other."""
@@ -45,6 +49,11 @@ OPTUNA_STATES = {
     ledger.FAILED: TrialState.FAIL,
 }
 LEDGER_NUMBER, REASON = "caddie_trial", "caddie_reason"  # user attributes, shown by optuna-dashboard
+POINT_FAILURES = frozenset({CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT})
+"""Kinds of failure that the point is to blame for: a sampler that learns nothing from them proposes the same again."""
+
+FAILED_CONSTRAINT = "failed"  # 1 for a trial that failed by its point, 0 for another; for the samplers alone
+MODELS_OF_COMPLETE = frozenset({"gp", "cmaes"})  # samplers that leave out pruned trials
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -98,26 +107,69 @@ def _params_of(proposal: Mapping[str, Any], study: Study) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- trials
 
 
-def frozen(trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
+def values_of(study: Study, trial: Trial) -> list[float] | None:
+    """A complete trial's objectives, the score first; None where one is not known."""
+    measured = [trial.measures.get(name) for name in study.search.also_minimize]
+    values = [trial.value, *measured] if trial.state == ledger.COMPLETE else [None]
+    return [value for value in values if value is not None] if None not in values else None
+
+
+def frozen(study: Study, trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
     """A ledger's trial in Optuna's terms.
 
     A point outside the space becomes a failed trial without parameters: it keeps its number and its value, as an
     attribute, and the sampler's model, which could not hold it, is not bent.
     """
     attributes = {LEDGER_NUMBER: trial.number, REASON: trial.reason}
-    if not _is_inside(trial.params, space):
+    values = values_of(study, trial)
+    if not _is_inside(trial.params, space) or (trial.state == ledger.COMPLETE and values is None):
         attributes |= {"caddie_params": json.dumps(trial.params), "caddie_value": trial.value}
         return create_trial(state=TrialState.FAIL, user_attrs=attributes)
-    state = OPTUNA_STATES[trial.state]
     return create_trial(
-        state=state,
+        state=OPTUNA_STATES[trial.state],
         params={knob: _label(trial.params[knob]) for knob in space},
         distributions=dict(space),
-        value=trial.value if state is TrialState.COMPLETE else None,
-        constraints=trial.constraints if state is TrialState.COMPLETE else {},
-        intermediate_values=trial.intermediate,
+        values=values,
+        constraints=trial.constraints if values is not None else {},
+        intermediate_values=trial.intermediate if not study.search.also_minimize else {},  # Optuna has none of several
         user_attrs=attributes,
     )
+
+
+def learned(study: Study, trials: Mapping[int, Trial], space: Mapping[str, BaseDistribution]) -> list[FrozenTrial]:
+    """The trials as a sampler should see them, by number.
+
+    Excesses are shares of their limits, so that bytes do not drown seconds; every trial names the same constraints. A trial
+    that failed by its point is infeasible and as bad as the worst; one that was pruned too, for a sampler that would not
+    see it else and ask for it again.
+    """
+    found = [frozen(study, trials[n], space) for n in sorted(trials)]
+    scored = [trial.values for trial in found if trial.state is TrialState.COMPLETE]
+    worst = [max(column) for column in zip(*scored, strict=True)] or [0.0] * len(study.objectives)
+    limits = study.limits
+    names = sorted({name for trial in trials.values() for name in trial.constraints})
+    has_failed = any(is_failed_by_point(trial) for trial in trials.values())
+    seen = []
+    for trial, view in zip([trials[n] for n in sorted(trials)], found, strict=True):
+        failed = is_failed_by_point(trial) and _is_inside(trial.params, space)
+        is_unseen = view.state is TrialState.PRUNED and study.search.sampler in MODELS_OF_COMPLETE
+        excesses = {name: trial.constraints.get(name, 0.0) / limits.get(name, 1.0) for name in names}
+        excesses |= {FAILED_CONSTRAINT: float(failed)} if has_failed else {}
+        if failed or is_unseen or view.state is TrialState.COMPLETE:
+            view = create_trial(
+                state=TrialState.COMPLETE,
+                params={knob: _label(trial.params[knob]) for knob in space},
+                distributions=dict(space),
+                values=view.values if view.state is TrialState.COMPLETE else worst,
+                constraints=excesses,
+            )
+        seen.append(view)
+    return seen
+
+
+def is_failed_by_point(trial: Trial) -> bool:
+    """Whether a trial failed because of where it lies, and not by the machine or the code."""
+    return trial.state == ledger.FAILED and trial.failure in POINT_FAILURES
 
 
 def seed_of(study_name: str, number: int, salt: int = 0) -> int:
@@ -132,7 +184,7 @@ def sampler_of(study: Study, seed: int) -> BaseSampler:
     name = study.search.sampler
     if name == "tpe":
         return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True)
-    if name == "random":
+    if name in ("random", "cmaes"):  # evolution begins with random points
         return RandomSampler(seed=seed)
     if name == "gp":
         if importlib.util.find_spec("torch") is None:  # Optuna itself would say so only after the startup trials
@@ -146,12 +198,49 @@ def sampler_of(study: Study, seed: int) -> BaseSampler:
 
 def propose(study: Study, trials: Mapping[int, Trial], number: int, *, salt: int = 0) -> dict[str, Any]:
     """The point of trial `number`, given the trials before it."""
-    space = space_of(study)
+    space, seed = space_of(study), seed_of(study.name, number, salt)
     if study.search.sampler == "qmc":
         return _propose_of_sequence(study, space, number + salt)
-    scratch = optuna.create_study(direction="minimize", sampler=sampler_of(study, seed_of(study.name, number, salt)))
-    scratch.add_trials([frozen(trials[n], space) for n in sorted(trials)])
+    if study.search.sampler == "grid":
+        return _propose_of_grid(study, trials)
+    seen = learned(study, trials, space)
+    if study.search.sampler == "cmaes":
+        complete = [trial for trial in seen if trial.state is TrialState.COMPLETE]
+        if len(complete) >= study.search.startup_trials:
+            return _params_of(evolution.propose(_numbers(study), [_as_seen(trial) for trial in complete], seed), study)
+    scratch = optuna.create_study(directions=_directions(study), sampler=sampler_of(study, seed))
+    scratch.add_trials(seen)
     return _params_of(scratch.ask(fixed_distributions=space).params, study)
+
+
+def _directions(study: Study) -> list[StudyDirection]:
+    return [StudyDirection.MINIMIZE] * len(study.objectives)
+
+
+def _numbers(study: Study) -> dict[str, NumberRange]:
+    """The space of a study that has numbers alone."""
+    return {knob: found for knob, found in study.space.items() if isinstance(found, NumberRange)}
+
+
+def _as_seen(trial: FrozenTrial) -> Seen:
+    excess = sum(max(0.0, value) for value in trial.constraints.values())
+    return Seen(params=trial.params, value=trial.values[0], excess=excess)
+
+
+def _propose_of_grid(study: Study, trials: Mapping[int, Trial]) -> dict[str, Any]:
+    """The first point, in an order of the study's own, that no trial has; the order's first where all are taken.
+
+    Shuffled, because a grid that is cut off should have been everywhere.
+    """
+    columns = [[_as_json_value(value) for value in grid_values(found) or ()] for found in study.space.values()]
+    points = [dict(zip(study.space, values, strict=True)) for values in itertools.product(*columns)]
+    random.Random(seed_of(study.name, 0)).shuffle(points)
+    taken = [trial.params for trial in trials.values()]
+    return next((point for point in points if point not in taken), points[0])
+
+
+def _as_json_value(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _propose_of_sequence(study: Study, space: dict[str, BaseDistribution], position: int) -> dict[str, Any]:
@@ -192,8 +281,14 @@ def knob_importance(study: Study, state: StudyState) -> dict[str, float]:
     if len(done) < IMPORTANCE_TRIALS or len({t.value for t in done}) < 2 or not space:
         return {}
     scratch = optuna.create_study(direction="minimize", sampler=RandomSampler(seed=0))
-    scratch.add_trials([frozen(trial, space) for trial in done])
+    scratch.add_trials([_of_score(trial, space) for trial in done])
     return {knob: float(share) for knob, share in optuna.importance.get_param_importances(scratch).items()}
+
+
+def _of_score(trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    """A complete trial with its score alone."""
+    params = {knob: _label(trial.params[knob]) for knob in space}
+    return create_trial(state=TrialState.COMPLETE, params=params, distributions=dict(space), value=trial.value)
 
 
 # ---------------------------------------------------------------------------------------------------- the port
@@ -228,9 +323,10 @@ class Search:
     def _make_view(self) -> None:
         backend = JournalFileBackend(str(self.path), lock_obj=OnlyWriter(str(self.path)))
         self._view = optuna.create_study(
-            study_name=self.study.name, storage=JournalStorage(backend), direction="minimize", load_if_exists=True
-        )
-        self._view.add_trials([frozen(self.trials[n], self.space) for n in sorted(self.trials)])
+            study_name=self.study.name, storage=JournalStorage(backend), directions=_directions(self.study),
+            load_if_exists=True,
+        )  # fmt: skip
+        self._view.add_trials([frozen(self.study, self.trials[n], self.space) for n in sorted(self.trials)])
         self.problem = None
 
     def _show(self, change: Callable[[optuna.Study], None]) -> None:
@@ -259,7 +355,7 @@ class Search:
     def begin(self, trial: Trial) -> None:
         """Note a trial that the ledger holds by now."""
         self.trials[trial.number] = trial
-        self._show(lambda view: view.add_trial(frozen(trial, self.space)))
+        self._show(lambda view: view.add_trial(frozen(self.study, trial, self.space)))
 
     def should_stop(self, number: int, per_mille: int, loss: float) -> bool:
         """Whether the running trial's training loss is worse than the median of the complete trials' at the same point."""
@@ -274,27 +370,27 @@ class Search:
         """Note how a trial ended, as the ledger has it."""
         self.trials[trial.number] = trial
         if _is_inside(trial.params, self.space):
-            self._show(lambda view: _tell_view(view, trial))
+            self._show(lambda view: _tell_view(view, trial, values_of(self.study, trial)))
 
     def importance(self) -> dict[str, float]:
         """See `knob_importance`."""
         return knob_importance(self.study, StudyState(trials=self.trials))
 
 
-def _tell_view(study: optuna.Study, trial: Trial) -> None:
+def _tell_view(study: optuna.Study, trial: Trial, values: Sequence[float] | None) -> None:
     """How a trial of the journal ended."""
     # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
     view = optuna.trial.Trial(study, study.trials[trial.number]._trial_id)
-    for per_mille, loss in sorted(trial.intermediate.items()):
+    for per_mille, loss in sorted(trial.intermediate.items()) if len(study.directions) == 1 else ():
         view.report(loss, per_mille)
     view.set_user_attr(REASON, trial.reason)
-    state = OPTUNA_STATES[trial.state]
-    if state is not TrialState.COMPLETE:
-        study.tell(trial.number, state=state)
+    if values is None:
+        state = OPTUNA_STATES[trial.state]
+        study.tell(trial.number, state=TrialState.FAIL if state is TrialState.COMPLETE else state)
         return
     for name, excess in trial.constraints.items():
         view.set_constraint(name, excess)  # nothing can be attached once the trial is told
-    study.tell(trial.number, values=trial.value, state=state)
+    study.tell(trial.number, values=list(values), state=TrialState.COMPLETE)
 
 
 class OnlyWriter(JournalFileOpenLock):

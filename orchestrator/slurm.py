@@ -172,8 +172,9 @@ def scancel_name_command(name: str) -> list[str]:
     return ["scancel", f"--user={os.getuid()}", f"--name={name}"]
 
 
-def scancel_command(job_id: str) -> list[str]:
-    return ["scancel", job_id]
+def scancel_command(job: Job) -> list[str]:
+    """The name too: a slurmctld that has forgotten a job may have given its id to another."""
+    return ["scancel", f"--name={job.name}", job.job_id]
 
 
 def require_clients() -> None:

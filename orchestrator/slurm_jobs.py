@@ -35,8 +35,10 @@ class JobTable:
         """When the latest answer was asked for."""
 
         self._jobs: Mapping[str, list[Job]] = {}
-        self._past: dict[str, Job] = {}
-        """By id, what accounting says of jobs that squeue has forgotten."""
+        self._past: dict[tuple[str, str], Job] = {}
+        """By name and id, what accounting says of jobs that squeue has forgotten; a slurmctld that was killed before it
+        had saved its state gives the last ids again.
+        """
 
         self._gone_since: dict[str, float] = {}
         """By name, when the first of the answers was asked for that all show a job as gone."""
@@ -90,7 +92,7 @@ class JobTable:
         self._history = None
         if answer.is_given:
             ended = [job for job in slurm.read_sacct(answer.output) if job.meaning.standing == ENDED]
-            self._past |= {job.job_id: job for job in ended}
+            self._past |= {(job.name, job.job_id): job for job in ended}
 
     def all_live(self) -> list[Job]:
         """Every job of this user that waits or runs."""
@@ -103,7 +105,7 @@ class JobTable:
     def last(self, name: str, job_id: str) -> Job | None:
         """How the job of that name stands, or ended; None where neither squeue nor accounting says."""
         known = [job for job in self._jobs.get(name, []) if job_id in ("", job.job_id)]
-        return known[-1] if known else self._past.get(job_id)
+        return known[-1] if known else self._past.get((name, job_id))
 
     def gone_seconds(self, name: str) -> float | None:
         """For how long all answers say that no job of that name waits or runs; None while one does, or nobody knows."""

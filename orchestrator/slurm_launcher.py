@@ -31,12 +31,12 @@ from orchestrator.launcher import STORAGE_ERRORS, JobRecord, exports
 from orchestrator.ports import Ending, OpenJob, Unanswered
 from orchestrator.pulse import SILENCE_SECONDS, Pulse
 from orchestrator.slots import JobResources
-from orchestrator.slurm import Ask, Question
+from orchestrator.slurm import Ask, Job, Question
 from orchestrator.slurm_jobs import JobTable
 from orchestrator.slurm_states import ENDED, NEVER_STARTED, QUEUED
 from orchestrator.study import SLURM, Resources
 from trainer import protocol
-from trainer.protocol import INFRASTRUCTURE, NODE, AttemptDir, RunDir
+from trainer.protocol import INFRASTRUCTURE, NODE, PREEMPTED, AttemptDir, RunDir
 
 OUTER_MARGIN_MINUTES = 5.0  # Slurm's limit lies so much beyond the worker's, which ends the trainer in order
 NOTICE_SECONDS = 60  # before its time limit, or at a pre-emption, a job gets SIGUSR2
@@ -58,6 +58,10 @@ _DISTRIBUTED = frozenset(
     {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK",
      "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES"}
 )  # fmt: skip
+# What lets the controller into servers that no job asks; Slurm would keep them with each job.
+_SECRET = frozenset(
+    {"HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "PGPASSWORD"}
+)
 # sbatch reads its options from the environment too, and believes it before the job's script.
 _DEFAULTS = {
     "SBATCH_PARTITION": "partition", "SBATCH_ACCOUNT": "account", "SBATCH_QOS": "qos", "SBATCH_CONSTRAINT": "constraint",
@@ -225,7 +229,7 @@ class SlurmLauncher:
                 job.files.stop.exists() or found.reason.startswith(NEVER_STARTED)
             )
             if is_hopeless or (len(live) > 1 and found.job_id != owner):
-                self._cancel_job(found.job_id)
+                self._cancel_job(found)
 
     def _end_strays(self) -> None:
         """End what lives under the study's names and is no open attempt's: requeued after its end, or hanging."""
@@ -234,7 +238,7 @@ class SlurmLauncher:
         self._astray = {job_id: self._astray.get(job_id, now) for job_id in strays}
         for job_id, since in self._astray.items():
             if strays[job_id].meaning.standing == QUEUED or now - since > LEAVE_SECONDS:
-                self._cancel_job(job_id)
+                self._cancel_job(strays[job_id])
 
     def _notes(self, jobs: Collection[OpenJob]) -> Iterator[str]:
         if self.table.silent_since is not None and self._is_new(self.table.problem.partition(":")[0]):
@@ -299,6 +303,9 @@ class SlurmLauncher:
                 kind=NODE, message=f"nothing was heard from {place} for {silent:.0f} s, while Slurm says that it runs"
             )
         where = f"Slurm knows no job {self._ids.get(tag, '')}" if job is None else f"Slurm: {job.state}"
+        if job is None and not attempt.claim.exists():
+            # A slurmctld that was killed has forgotten it: nothing ran, it has lost its place.
+            return Ending(kind=PREEMPTED, message=f"the job is gone and had not begun ({where})")
         return Ending(kind=INFRASTRUCTURE, message=f"the job is gone and left no result ({where})")
 
     def nodes_of(self, attempt: AttemptDir, *, tag: str) -> tuple[str, ...]:
@@ -326,8 +333,8 @@ class SlurmLauncher:
         """End the jobs of that name."""
         self._run_once(tag, slurm.scancel_name_command(tag))
 
-    def _cancel_job(self, job_id: str) -> None:
-        self._run_once(job_id, slurm.scancel_command(job_id))
+    def _cancel_job(self, job: Job) -> None:
+        self._run_once(job.job_id, slurm.scancel_command(job))
 
     def _run_once(self, what: str, command: list[str]) -> None:
         now = time.monotonic()
@@ -359,7 +366,7 @@ def is_hidden(name: str, named: Collection[str] = ()) -> bool:
     """Whether a variable must not reach sbatch. `named` are the parameters that the study gives itself."""
     if name.startswith("SBATCH_"):
         return _DEFAULTS.get(name, name) in {name, *named}
-    return slurm.is_leaked(name) or name in _DISTRIBUTED
+    return slurm.is_leaked(name) or name in _DISTRIBUTED or name in _SECRET
 
 
 def _clear(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,18 @@ def grid_values(knob_range: Range) -> tuple[Any, ...] | None:
     return tuple(map(int, values)) if knob_range.is_integer else tuple(round(value, GRID_DIGITS) for value in values)
 
 
+Check = Callable[[Any], object]
+"""Raises ConfigError for a value that cannot be run."""
+
+
 def parse_range(knob: str, table: Mapping[str, Any], config: Config) -> Range:
     """Read one `[space."section.name"]` table; both ends must make a valid configuration. Raises ConfigError."""
     knob_value(config, knob)  # refuses an unknown knob with the nearest name
+    return read_range(knob, table, kind=knobs()[knob], check=lambda value: with_knobs(config, {knob: value}))
+
+
+def read_range(knob: str, table: Mapping[str, Any], *, kind: Any, check: Check) -> Range:
+    """The same for a knob of any type whose values `check` knows."""
     place = f'[space."{knob}"]'
     if not isinstance(table, Mapping):
         raise ConfigError(f"{place} must be a table with low and high, or with choices; got {table!r}")
@@ -63,22 +72,21 @@ def parse_range(knob: str, table: Mapping[str, Any], config: Config) -> Range:
         if key not in known:
             raise ConfigError(f"{place} has no key {key!r}", hint=nearest(key, known))
     if "choices" in table:
-        return _parse_choice(knob, place, table["choices"], config)
-    return _parse_numbers(knob, place, table, config)
+        return _parse_choice(place, table["choices"], check)
+    return _parse_numbers(knob, place, table, kind, check)
 
 
-def _parse_choice(knob: str, place: str, values: Any, config: Config) -> Choice:
+def _parse_choice(place: str, values: Any, check: Check) -> Choice:
     if not isinstance(values, list) or len(values) < 2:
         raise ConfigError(f"{place} choices must be a list of at least two values, got {values!r}")
     for value in values:
-        _must_be_valid(knob, place, value, config)
+        _must_be_valid(place, value, check)
     if any(value in values[:n] for n, value in enumerate(values)):
         raise ConfigError(f"{place} choices names a value twice: {values!r}")
     return Choice(values=tuple(tuple(value) if isinstance(value, list) else value for value in values))
 
 
-def _parse_numbers(knob: str, place: str, table: Mapping[str, Any], config: Config) -> NumberRange:
-    hint = knobs()[knob]
+def _parse_numbers(knob: str, place: str, table: Mapping[str, Any], hint: Any, check: Check) -> NumberRange:
     if hint not in (int, float):
         name = getattr(hint, "__name__", str(typing.get_origin(hint) or hint))
         raise ConfigError(f"{place} {knob} is of type {name}", hint="give its values as choices = [...]")
@@ -98,13 +106,13 @@ def _parse_numbers(knob: str, place: str, table: Mapping[str, Any], config: Conf
         raise ConfigError(f"{place} {knob} takes whole numbers, and so must step; got {step!r}")
     if log and step is not None:
         raise ConfigError(f"{place} log and step cannot be combined; got step {step}")
-    _must_be_valid(knob, place, low, config)
-    _must_be_valid(knob, place, high, config)
+    _must_be_valid(place, low, check)
+    _must_be_valid(place, high, check)
     return NumberRange(low=low, high=high, log=log, step=step, is_integer=hint is int)
 
 
-def _must_be_valid(knob: str, place: str, value: Any, config: Config) -> None:
+def _must_be_valid(place: str, value: Any, check: Check) -> None:
     try:
-        with_knobs(config, {knob: value})
+        check(value)
     except ConfigError as error:
         raise ConfigError(f"{place} reaches a value that cannot be run: {error}", hint=error.hint) from error

@@ -127,6 +127,11 @@ def _interval(degrees_of_freedom: float, center: float, error: float) -> tuple[f
     return float(low), float(high)
 
 
+def t_quantile(probability: float, degrees_of_freedom: float) -> float:
+    """The value that Student's t is below with that probability."""
+    return float(_stats().t.ppf(probability, degrees_of_freedom))
+
+
 def pooled_std(arms: Sequence[Summary]) -> tuple[float, int] | None:
     """One standard deviation out of several arms' that are taken to be equal, and its degrees of freedom; None without."""
     known = [(arm.count - 1, arm.std) for arm in arms if arm.std is not None]
@@ -326,6 +331,29 @@ def _centred(values: Sequence[float]) -> list[float]:
     """Deviations from the mean."""
     center = mean(values)
     return [] if center is None else [value - center for value in values]
+
+
+def two_sided(found: Difference) -> float | None:
+    """Probability of a difference this large, either way, if there were none; None where there is no test."""
+    p = found.p_one_sided
+    return None if p is None or found.margin else min(1.0, 2 * min(p, 1 - p))
+
+
+# ── variances ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def variance_interval(variance: float, degrees_of_freedom: float) -> tuple[float, float]:
+    """Interval at CONFIDENCE of a variance that is estimated as a chi-squared with so many degrees of freedom."""
+    if not variance:
+        return 0.0, 0.0
+    tail = (1.0 - CONFIDENCE) / 2
+    high, low = _stats().chi2.ppf([tail, 1.0 - tail], degrees_of_freedom)
+    return degrees_of_freedom * variance / float(low), degrees_of_freedom * variance / float(high)
+
+
+def ratio_p(ratio: float, degrees_of_freedom: tuple[int, int]) -> float:
+    """Probability of a ratio of two mean squares this large or larger if both estimated one variance (F test)."""
+    return float(_stats().f.sf(ratio, *degrees_of_freedom))
 
 
 # ── several tests, and tests to come ────────────────────────────────────────────────────────────────────────────────

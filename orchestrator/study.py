@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator import variables
 from orchestrator.errors import ConfigError
+from orchestrator.factors import Cell, Factor, NoisePlan, cells_of, noise_cells, parse_factors, require_repeatable
 from orchestrator.home import SHIPPED_STUDIES
 from orchestrator.measures import ARTIFACT_BYTES, EVAL_SECONDS, MEASURES, MINIMIZABLE, TRAIN_SECONDS
+from orchestrator.script import read_script
 from orchestrator.space import NumberRange, Range, grid_values, parse_range
+from orchestrator.variables import ScriptPlan
 from trainer.config import Config, from_mapping, knob_value, nearest, to_mapping, with_knobs
 from trainer.protocol import POST_EMA, SLIDING, STAGES, TRAIN_LOSS, TTT, VAL_LOSS
 
@@ -33,6 +38,10 @@ SLURM_MARGIN_MINUTES = 25.0
 MAX_SEED = 2**63 - 1  # what torch and numpy both take
 NOT_ACCEPTED = "not_accepted"  # key of a preset's file: why its technique is not accepted in submissions
 SCORING = ("ttt.", "evaluation.")  # knobs that matter where a stored model is only scored
+PACKING = ("quant.", "limits.artifact_bytes", "ttt.before_quantization")  # where stored weights are quantised anew
+TAKEN = (*SCORING, *PACKING)  # that may differ from a run's whose model is taken ...
+TAKEN_WORDS = "ttt.*, evaluation.*, quant.* and limits.artifact_bytes"  # ... in words
+STUDY_FILE = "study.toml"  # of a study that is a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +281,13 @@ class Study:
     source: str
     """The file's text."""
 
-    from_run: str = ""
-    """Run whose stored model every run of the study scores again; empty where they train."""
+    from_runs: tuple[str, ...] = ()
+    """Runs, or studies for all runs of an arm, whose models are scored again, each by the runs with its seed; of a lone run
+    by those of any seed. Empty where the study trains. Seeds that are not named are those of these runs.
+    """
+
+    factors: tuple[Factor, ...] = ()
+    noise: NoisePlan | None = None
 
     constraints: dict[str, float] = field(default_factory=dict)
     """The study's own limits on MEASURES, beside or below those of the configuration."""
@@ -282,6 +296,9 @@ class Study:
     interleave: InterleavePlan | None = None
     candidate: Config | None = None
     """Configuration that is run beside the preset's, where the study is interleaved."""
+
+    script: ScriptPlan | None = None
+    """Program of somebody else's that is run in place of our trainer; `preset` is its name then."""
 
     @property
     def candidate_params(self) -> dict[str, Any]:
@@ -295,6 +312,22 @@ class Study:
             for key, value in entries.items()
             if before[section][key] != value
         }
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """The arms of a design; empty for a search and a record attempt."""
+        return tuple(noise_cells(self.noise)) if self.noise else cells_of(self.factors) if self.factors else ()
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """Every configuration that is known beforehand."""
+        candidates = (self.candidate,) if self.candidate is not None else ()
+        return (self.config, *candidates, *(self.config_of(cell.params) for cell in self.cells))
+
+    def stage_of(self, params: Mapping[str, Any]) -> str:
+        """Stage at which a cell is compared with others: without test-time training the score is the one before it."""
+        is_scored = self.search.objective != TTT or self.config_of(params).ttt.is_scored
+        return self.search.objective if is_scored else SLIDING
 
     @property
     def digest(self) -> str:
@@ -317,10 +350,16 @@ class Study:
 
     def config_of(self, params: Mapping[str, Any]) -> Config:
         """The configuration of one point of the space; raises ConfigError."""
-        return with_knobs(self.config, params)
+        return self.config if self.script else with_knobs(self.config, params)
+
+    def script_values(self, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What somebody else's script is given at one point of the space; empty for our trainer."""
+        return self.script.values_of(params) if self.script else {}
 
     def preset_params(self) -> dict[str, Any]:
         """The point that is the unchanged preset."""
+        if self.script:
+            return {knob: self.script.preset_value(knob, knob_range) for knob, knob_range in self.space.items()}
         return {knob: knob_value(self.config, knob) for knob in self.space}
 
     @property
@@ -331,7 +370,19 @@ class Study:
         if self.resources.launcher == LOCAL:
             return LOCAL_TIMEOUT_MINUTES
         limits = self.config.limits
-        return math.ceil((limits.train_seconds + limits.eval_seconds) / 60) + SLURM_MARGIN_MINUTES
+        train_seconds = 0.0 if self.from_runs else limits.train_seconds
+        return math.ceil((train_seconds + limits.eval_seconds) / 60) + SLURM_MARGIN_MINUTES
+
+    def plan_text(self) -> str:
+        """What is going to be run, in a few words."""
+        seeds = f"on seeds {', '.join(map(str, self.confirm.seeds))}" if self.confirm else ""
+        if self.noise:
+            orders = f"{len(self.noise.order_seeds)} orders of the data, {self.noise.replicates} times each"
+            return f"{len(self.cells)} cells, {orders}, {seeds}"
+        if self.factors:
+            sizes = " × ".join(f"{len(factor.levels)} {factor.name}" for factor in self.factors)
+            return f"{len(self.cells)} cells, {sizes}, {seeds}"
+        return f"{self.search.trials} trials over {', '.join(self.space) or 'no knobs'}"
 
     def warnings(self) -> list[str]:
         """What can be run but weakens the result."""
@@ -341,9 +392,24 @@ class Study:
             found.append(
                 f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased"
             )
-        if self.confirm and len(self.confirm.seeds) < 3:
+        if self.cells and self.confirm and len(self.confirm.seeds) < 2:
+            found.append("cells on one seed: no difference between them gets an interval")
+        elif self.confirm and not self.cells and len(self.confirm.seeds) < 3:
             found.append(f"confirmation on {len(self.confirm.seeds)} of the three seeds that a record needs")
+        if any(config.ttt.before_quantization for config in self.configs):
+            found.append(
+                "ttt.before_quantization learns what is scored afterwards: these scores are for this study alone"
+            )
         return found
+
+
+def on_seeds(study: Study, seeds: tuple[int, ...]) -> Study:
+    """The study on the seeds of the runs that it takes, where it names none itself. Raises ConfigError."""
+    confirm = dataclasses.replace(study.confirm, seeds=study.confirm.seeds or seeds) if study.confirm else None
+    search = dataclasses.replace(study.search, seeds=study.search.seeds or seeds)
+    bound = dataclasses.replace(study, search=search, confirm=confirm)
+    _check(bound)
+    return bound
 
 
 def _table(cls: type[Any], values: Any, place: str) -> Any:
@@ -406,13 +472,17 @@ def _check(study: Study) -> None:
         if value not in known:
             raise ConfigError(f"{place} must be one of {', '.join(known)}, got {value!r}", hint=nearest(value, known))
     _check_sampler(study)
-    if search.objective == TTT and study.config.ttt.method == "off":
-        raise ConfigError('[search] objective is "ttt", but ttt.method is "off"', hint='take objective = "sliding"')
+    learning = study.configs if study.cells else (study.config,)
+    if search.objective == TTT and not any(config.ttt.is_scored for config in learning):
+        why = "ttt.before_quantization is true" if study.config.ttt.before_quantization else 'ttt.method is "off"'
+        raise ConfigError(f'[search] objective is "ttt", but {why}', hint='take objective = "sliding"')
     for place, seeds in (("[search]", search.seeds), ("[confirm]", study.confirm.seeds if study.confirm else ())):
         for seed in seeds:
             _require(0 <= seed <= MAX_SEED, f"{place} seeds must lie between 0 and {MAX_SEED}", seed)
-    if study.from_run:
+    if study.from_runs:
         _check_scoring(study)
+    if study.noise:
+        require_repeatable(study.noise, study.config)
     if study.interleave:
         _check_interleaving(study, study.interleave)
     if study.stop_early:
@@ -428,7 +498,9 @@ def _check_sampler(study: Study) -> None:
     search, space = study.search, study.space
     numbers = [knob for knob, knob_range in space.items() if isinstance(knob_range, NumberRange)]
     if search.sampler == "cmaes" and space:
-        _require(not search.also_minimize, '[search] sampler "cmaes" has one objective, also_minimize', search.also_minimize)
+        _require(
+            not search.also_minimize, '[search] sampler "cmaes" has one objective, also_minimize', search.also_minimize
+        )
         for knob in space:
             if knob not in numbers:
                 raise ConfigError(
@@ -473,7 +545,12 @@ def _check_confirmation(study: Study, plan: ConfirmPlan) -> None:
             if f.name != "seeds" and getattr(plan, f.name) != f.default:
                 raise ConfigError(f"{place} {f.name} goes with sequential = true", hint="add sequential = true")
         return
-    _require(2 <= plan.first <= len(plan.seeds), f"{place} first must lie between 2 and the number of seeds", plan.first)
+    _require(
+        2 <= plan.first <= (len(plan.seeds) or plan.first),  # of runs that are taken, the number is not known yet
+        f"{place} first must lie between 2 and the number of seeds",
+        plan.first,
+    )
+    _require(not study.cells, f"{place} sequential does not go with [factors] or [noise]", plan.sequential)
     _require(plan.step >= 1, f"{place} step must be at least 1", plan.step)
     _require(0 < plan.alpha < 0.5, f"{place} alpha must lie between 0 and 0.5", plan.alpha)
     _require(plan.margin >= 0, f"{place} margin must not be negative", plan.margin)
@@ -572,14 +649,18 @@ SLURM_ONLY = frozenset(
 
 def _check_interleaving(study: Study, plan: InterleavePlan) -> None:
     """The rules of a comparison on one node."""
-    _require(not study.space and not study.from_run, "[interleave] goes with [confirm] alone, without a search", study.space)
+    _require(
+        not study.space and not study.from_runs, "[interleave] goes with [confirm] alone, without a search", study.space
+    )
     _require(0 < plan.max_gap < 1, "[interleave] max_gap must lie between 0 and 1", plan.max_gap)
     if plan.throughput not in THROUGHPUTS:
         raise ConfigError(
             f"[interleave] throughput must be one of {', '.join(THROUGHPUTS)}, got {plan.throughput!r}",
             hint=nearest(plan.throughput, THROUGHPUTS),
         )
-    _require(study.resources.nodes == 1, "[interleave] needs runs on one node, [resources] nodes", study.resources.nodes)
+    _require(
+        study.resources.nodes == 1, "[interleave] needs runs on one node, [resources] nodes", study.resources.nodes
+    )
     if not study.candidate_params:
         raise ConfigError(
             f"[interleave] the candidate is the preset itself: {plan.against or study.preset}",
@@ -589,13 +670,16 @@ def _check_interleaving(study: Study, plan: InterleavePlan) -> None:
 
 def _check_scoring(study: Study) -> None:
     """The rules of a study that trains nothing."""
-    for knob in study.space:
-        if not knob.startswith(SCORING):
+    places = [("[space]", knob) for knob in study.space]
+    places += [("[factors]", knob) for factor in study.factors for level in factor.levels.values() for knob in level]
+    for place, knob in places:
+        if not knob.startswith(TAKEN):
             raise ConfigError(
-                f"[space] {knob} cannot matter where a stored model is only scored (from = {study.from_run!r}); "
-                f"only {' and '.join(SCORING)}* can",
+                f"{place} {knob} cannot matter where a stored model is only scored (from = {', '.join(study.from_runs)}); "
+                f"only {TAKEN_WORDS} can",
                 hint="leave it out, or leave out `from`",
             )
+    _require(study.noise is None, "[noise] needs training, `from` leaves none", study.noise)
     _require(study.stop_early is None, "[stop_early] needs training, `from` leaves none", study.stop_early)
     _require(study.search.objective != POST_EMA, "[search] objective must be one of the stored model's", POST_EMA)
 
@@ -624,22 +708,28 @@ def _preset(name: str) -> tuple[Path, dict[str, Any]]:
     return path, _at(path, lambda: _parse_toml(_text_of(path)))
 
 
-def parse_study(text: str) -> Study:
-    """Read and check a study's text; raises ConfigError that names the table, the value and the rule."""
+def parse_study(text: str, folder: Path = Path()) -> Study:
+    """Read and check a study's text; raises ConfigError that names the table, the value and the rule.
+
+    The path of a script is relative to `folder`.
+    """
     tables = _parse_toml(text)
     known = (
         "name", "question", "preset", "data", "from", "set", "space", "search", "constraints", "stop_early", "confirm",
-        "interleave", "budget", "resources",
+        "interleave", "budget", "resources", "script", "stage", "factors", "noise",
     )  # fmt: skip
     for key in tables:
         if key not in known:
             raise ConfigError(f"a study has no key {key!r}", hint=nearest(key, known))
+    script = _script(tables, folder) if "script" in tables else None
+    if script:
+        tables |= {"preset": script.script.name}
     for key in ("name", "question", "preset", "data"):
         if not isinstance(tables.get(key), str) or not tables[key]:
             got = f", got {tables[key]!r}" if key in tables else ""
             raise ConfigError(f'a study needs {key} = "..."{got}')
-    if not isinstance(tables.get("from", ""), str):
-        raise ConfigError(f"from must be the id of a run in quotes, got {tables['from']!r}")
+    sources, design = _sources(tables), _design(tables)
+    tables |= {"confirm": tables.get("confirm", {})} if design else {}
     is_record = "confirm" in tables and not {"space", "search", "stop_early"} & set(tables)
     for key in () if is_record else ("space", "search"):
         if not isinstance(tables.get(key), Mapping) or not tables[key]:
@@ -647,25 +737,77 @@ def parse_study(text: str) -> Study:
                 f"a study needs a table [{key}] with entries",
                 hint="[space] and [search] together, or [confirm] alone for a record attempt",
             )
-    config = with_knobs(load_preset(tables["preset"]), tables.get("set", {}))
+    config = script.config if script else with_knobs(load_preset(tables["preset"]), tables.get("set", {}))
     plan = _table(InterleavePlan, tables["interleave"], "[interleave]") if "interleave" in tables else None
     candidate = _candidate(plan, tables) if plan else None
+    factors = parse_factors(tables["factors"], config) if "factors" in tables else ()
     if is_record:
-        learns = all(found.ttt.method != "off" for found in (config, candidate) if found is not None)
-        tables |= {"space": {}, "search": {"trials": 0, "objective": TTT if learns else SLIDING}}
+        learns = all(found.ttt.is_scored for found in (config, candidate) if found is not None)
+        learns = any(with_knobs(config, c.params).ttt.is_scored for c in cells_of(factors)) if factors else learns
+        stage = script.script.last_stage if script else TTT if learns else SLIDING
+        tables |= {"space": {}, "search": {"trials": 0, "objective": tables.get("stage", stage)}}
+    elif "stage" in tables:
+        raise ConfigError("stage is for a record attempt, this is a search", hint='write [search] objective = "..."')
     study = Study(
         name=tables["name"], question=tables["question"], preset=tables["preset"], config=config, data=tables["data"],
-        space={knob: parse_range(knob, table, config) for knob, table in tables["space"].items()},
+        space={
+            knob: variables.range_of(script.script, knob, table) if script else parse_range(knob, table, config)
+            for knob, table in tables["space"].items()
+        },
         search=_table(SearchPlan, tables["search"], "[search]"),
         stop_early=_table(StopEarlyPlan, tables["stop_early"], "[stop_early]") if "stop_early" in tables else None,
         confirm=_table(ConfirmPlan, tables["confirm"], "[confirm]") if "confirm" in tables else None,
         resources=_table(Resources, tables.get("resources", {}), "[resources]"), source=text,
-        from_run=tables.get("from", ""), interleave=plan, candidate=candidate,
+        from_runs=sources, interleave=plan, candidate=candidate, factors=factors,
+        noise=_table(NoisePlan, tables["noise"], "[noise]") if "noise" in tables else None,
         constraints=_constraints(tables.get("constraints", {})),
-        budget=_table(BudgetPlan, tables.get("budget", {}), "[budget]"),
+        budget=_table(BudgetPlan, tables.get("budget", {}), "[budget]"), script=script,
     )  # fmt: skip
+    study = _without_own_seeds(study, tables) if sources else study
     _check(study)
     return study
+
+
+def _sources(tables: Mapping[str, Any]) -> tuple[str, ...]:
+    """The runs and studies that `from` names; raises ConfigError."""
+    named = tables.get("from", [])
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ConfigError(f"from must be the id of a run or the name of a study in quotes, or a list of these, got {named!r}")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"from names a run twice: {names}")
+    return tuple(names)
+
+
+def _design(tables: Mapping[str, Any]) -> str:
+    """The table that makes a study a design, if one does; raises ConfigError where another excludes it."""
+    designs = [key for key in ("factors", "noise") if key in tables]
+    for key in (*designs[1:], "space", "search", "stop_early", "interleave"):
+        if designs and key in tables:
+            raise ConfigError(
+                f"[{designs[0]}] and [{key}] exclude one another", hint="[confirm] seeds are those of every cell"
+            )
+    return designs[0] if designs else ""
+
+
+def _without_own_seeds(study: Study, tables: Mapping[str, Any]) -> Study:
+    """The study without the seeds that it does not name: they are those of the runs that it takes."""
+    search, confirm = study.search, study.confirm
+    if "seeds" not in tables["search"]:
+        search = dataclasses.replace(search, seeds=())
+    if confirm and "seeds" not in tables["confirm"]:
+        confirm = dataclasses.replace(confirm, seeds=())
+    return dataclasses.replace(study, search=search, confirm=confirm)
+
+
+def _script(tables: Mapping[str, Any], folder: Path) -> ScriptPlan:
+    """The script that a study runs in place of our trainer, with what it sets. Raises ConfigError."""
+    for key in ("preset", "from", "interleave", "factors", "noise"):
+        if key in tables:
+            raise ConfigError(f"script and {key} exclude one another, got both", hint=f"leave {key} out")
+    if not isinstance(tables["script"], str) or not tables["script"]:
+        raise ConfigError(f"script must be the path of a script in quotes, got {tables['script']!r}")
+    return variables.plan(read_script(folder / Path(tables["script"]).expanduser()), tables.get("set", {}))
 
 
 def _candidate(plan: InterleavePlan, tables: Mapping[str, Any]) -> Config:
@@ -682,40 +824,46 @@ def record_study(
     knobs: Mapping[str, Any],
     resources: Mapping[str, Any] | None = None,
     name: str | None = None,
-    from_run: str = "",
+    from_runs: Sequence[str] = (),
     interleave: Mapping[str, Any] | None = None,
 ) -> Study:
     """A record attempt: one configuration on the given seeds, as a study without a search. Raises ConfigError.
 
     `interleave` holds the entries of that table: a candidate is then run beside it.
 
-    With `from_run` its stored model is scored again, and nothing is trained. The study's name, where none is given, follows from what is asked, so that the same command continues the same attempt.
+    With `from_runs` their stored models are scored again, and nothing is trained. The study's name, where none is given,
+    follows from what is asked, so that the same command continues the same attempt.
     """
     asked = [preset, data, sorted(seeds), {knob: repr(value) for knob, value in sorted(knobs.items())}]
-    asked += [extra for extra in (from_run, interleave) if extra]
+    sources = from_runs[0] if len(from_runs) == 1 else list(from_runs)
+    asked += [extra for extra in (sources, interleave) if extra]
     digest = hashlib.sha256(json.dumps(asked, default=repr).encode()).hexdigest()[:8]
     stem = re.sub(r"[^a-z0-9._-]", "-", Path(preset).stem.lower()).lstrip("._-") or "record"
     tables: dict[str, Any] = {
         "name": name or f"record-{stem}-{digest}",
-        "question": _record_question(preset, seeds, from_run, interleave or {}),
+        "question": _record_question(preset, seeds, from_runs, interleave or {}),
         "preset": preset,
         "data": data,
-        **({"from": from_run} if from_run else {}),
+        **({"from": sources} if sources else {}),
     }
-    lines = [f"{key} = {_as_toml(value)}" for key, value in tables.items()]
-    entries: Mapping[str, Any]
-    for table, entries in (
-        ("set", knobs), ("confirm", {"seeds": seeds}), ("interleave", interleave or {}), ("resources", resources or {}),
-    ):  # fmt: skip
+    parts = {"set": knobs, "confirm": {"seeds": seeds}, "interleave": interleave or {}, "resources": resources or {}}
+    return parse_study(study_text(tables, parts))
+
+
+def study_text(keys: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """A study's text: its keys, and then those of its tables that have entries."""
+    lines = [f"{key} = {_as_toml(value)}" for key, value in keys.items()]
+    for table, entries in tables.items():
         if entries:
             lines += ["", f"[{table}]", *(f"{_as_toml(key)} = {_as_toml(value)}" for key, value in entries.items())]
-    return parse_study("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-def _record_question(preset: str, seeds: tuple[int, ...], from_run: str, interleave: Mapping[str, Any]) -> str:
+def _record_question(preset: str, seeds: tuple[int, ...], sources: Sequence[str], interleave: Mapping[str, Any]) -> str:
     on = f"on seeds {', '.join(map(str, seeds))}"
     if not interleave:
-        return f"What does {f'run {from_run}' if from_run else preset} score {on}?"
+        what = f"run{'s' if len(sources) > 1 else ''} {', '.join(sources)}" if sources else preset
+        return f"What does {what} score {on}?"
     candidate = interleave.get("against") or f"{preset} with {', '.join(interleave.get('set', {}))} changed"
     return f"Does {candidate} score better than {preset} {on}, by turns on one node?"
 
@@ -732,14 +880,16 @@ def _as_toml(value: Any) -> str:
 def load_study(path: Path) -> Study:
     """Read and check a study file; raises ConfigError with the file's name."""
     if not path.is_file():
-        known = sorted(p.stem for p in SHIPPED_STUDIES.glob("*.toml"))
-        shipped = SHIPPED_STUDIES / f"{path.name}.toml"
-        if shipped.is_file():
-            path = shipped
-        else:
-            fault = "is a folder, not a study file" if path.is_dir() else "there is no such study file"
-            raise ConfigError(f"{path}: {fault}", hint=nearest(path.stem, known))
-    return _at(path, lambda: parse_study(_text_of(path)))
+        shipped = SHIPPED_STUDIES / path.name
+        places = (path / STUDY_FILE, shipped.with_name(f"{path.name}.toml"), shipped / STUDY_FILE)
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            known = [p.stem for p in SHIPPED_STUDIES.glob("*.toml")]
+            known += [p.parent.name for p in SHIPPED_STUDIES.glob(f"*/{STUDY_FILE}")]
+            fault = f"is a folder, not a study file, and holds no {STUDY_FILE}" if path.is_dir() else "there is no such study file"
+            raise ConfigError(f"{path}: {fault}", hint=nearest(path.stem, sorted(known)))
+        path = found
+    return _at(path, lambda: parse_study(_text_of(path), path.parent))
 
 
 def _text_of(path: Path) -> str:

@@ -110,6 +110,13 @@ def read_submission(path: Path, name: str) -> Submission:
     )  # fmt: skip
 
 
+def headline_of(claimed: Submission | None) -> Claim | None:
+    """The record's score; some wrote it where the loss belongs."""
+    if claimed is None:
+        return None
+    return claimed.headline or claimed.loss
+
+
 def _first(record: Mapping[str, Any], keys: tuple[str, ...], place: str) -> Claim | None:
     return next((Claim(record[k], f"{place}/{k}") for k in keys if isinstance(record.get(k), Decimal)), None)
 

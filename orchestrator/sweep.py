@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator import __version__, ledger, lock
+from orchestrator import __version__, enqueued, ledger, lock
 from orchestrator.attempts import Attempts
 from orchestrator.backlog import Backlog, Wanted
+from orchestrator.confirmation import Confirmation
+from orchestrator.contest import Fixed
 from orchestrator.early_stopping import EarlyStopping
 from orchestrator.errors import ConfigError, DataError, Interrupted, StorageError, StudyFailed
 from orchestrator.home import Home
@@ -24,9 +26,10 @@ from orchestrator.identity import identity_of, require_same
 from orchestrator.interrupts import Interrupts
 from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
 from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
+from orchestrator.purse import BY_DAY, BY_STUDY, Purse, confirmation_cost, next_day, run_cost
 from orchestrator.runs import RESUMABLE, RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
-from orchestrator.source_run import SourceRun
+from orchestrator.source_run import Sources
 from orchestrator.study import Study
 from orchestrator.verdict import Verdict
 from trainer import protocol
@@ -64,7 +67,8 @@ class Controller:
         progress: Progress,
         mirror: Mirror,
         slots: Slots | None = None,
-        source: SourceRun | None = None,
+        sources: Sources | None = None,
+        baseline: Fixed | None = None,
         poll_seconds: float = POLL_SECONDS,
         patience_seconds: float = 0.0,
     ) -> None:
@@ -73,7 +77,11 @@ class Controller:
         self.search = search
         self.pack = pack
         self.code = code
-        self.source = source
+        self.sources = sources
+        self._replicates = {cell.name: cell.replicate for cell in study.cells}
+        self.baseline = baseline
+        """What the confirmation races against, where that is not the preset."""
+
         self.data_dir = data_dir.resolve()
         self.manifest_sha256 = manifest_sha256
         self.progress = progress
@@ -91,12 +99,19 @@ class Controller:
         self.attempts = self._fresh_attempts()
         self.backlog = Backlog(study, ledger=self.ledger, attempts=self.attempts)
         self.early_stopping = EarlyStopping(study, home, search=search, progress=progress)
+        self.purse = Purse(home, study.name, study.budget)
         self.interrupts = Interrupts()
         self.told: list[Verdict] = []
         """Verdicts of this controller's life, in their order."""
 
         self._inherited: set[tuple[str, int]] = set()
         """Attempts that were open when this controller began."""
+
+        self._is_search_spent = False
+        """Whether the study's cap let no further trial begin; what the confirmation gives back is not searched with."""
+
+        self._waits_for: str | None = None
+        """The cap that has last been told of."""
 
         self._shown = (-1, -math.inf)
         """Number of decisions, and monotonic seconds, when progress and mirror last heard of the study."""
@@ -177,7 +192,7 @@ class Controller:
     def _loop(self) -> None:
         while True:
             self.ledger.guard()
-            self._leave_to_mend(self.attempts.observe())
+            self._leave_to_mend(self._observe())
             self._stop_early()
             self._tell()
             self._leave_if_interrupted()
@@ -193,6 +208,13 @@ class Controller:
                 if self._is_done():
                     return self._finish()
             time.sleep(self.poll_seconds)
+
+    def _observe(self) -> list[Attempt]:
+        """Take up which attempts ended since, and what they cost."""
+        ended = self.attempts.observe()
+        for attempt in ended:
+            self.purse.settle(attempt)
+        return ended
 
     def _show(self) -> None:
         """Let people see every decision, and what the jobs do in between."""
@@ -214,8 +236,8 @@ class Controller:
         self.ledger.open()
         for_any_run = hashlib.sha256(self.pack(None)).hexdigest()
         identity = identity_of(self.study, manifest_sha256=self.manifest_sha256, bundle_sha256=for_any_run)
-        if self.source:
-            identity["source"] = self.source.artifact_sha256[:16]
+        if self.sources:
+            identity["source"] = self.sources.digest
         require_same(self.study.name, self.state, identity)
         is_same = (self.state.source, self.state.identity) == (self.study.source, identity)
         if not is_same or self.state.closed not in (None, ledger.FINISHED):
@@ -224,6 +246,7 @@ class Controller:
             )
         self.search.rebuild(self.state)
         self.attempts.reattach()
+        self.purse.reconcile(self.state, run_cost(self.study))
         self._inherited = {(attempt.run_id, attempt.number) for attempt in self.attempts.open}
 
     def _leave_to_mend(self, ended: list[Attempt]) -> None:
@@ -271,26 +294,27 @@ class Controller:
     def _config(self, params: Mapping[str, Any], *, is_searched: bool) -> Config:
         """Of a trial's runs or of an arm's: a trial may go on from a checkpoint, a record is made in one go."""
         config = self.study.config_of(params)
-        return with_knobs(config, {RESUMABLE: is_searched and self.source is None})
+        return with_knobs(config, {RESUMABLE: is_searched and self.sources is None})
 
-    def _request(self, params: Mapping[str, Any], seed: int, *, trial: int | None, is_searched: bool) -> RunRequest:
+    def _request(self, params: Mapping[str, Any], seed: int, *, trial: int | None, arm: str | None) -> RunRequest:
+        """What a run of an arm, or of a trial, is asked for."""
+        config = self._config(params, is_searched=arm is None)
         return RunRequest(
-            preset=self.study.preset, config=self._config(params, is_searched=is_searched), seed=seed, data_dir=str(self.data_dir),
-            manifest_sha256=self.manifest_sha256, study=self.study.name, trial=trial,
-            source=self.source.spec.run_id if self.source else "",
-            source_sha256=self.source.artifact_sha256 if self.source else "",
+            preset=self.study.preset, config=config, seed=seed, replicate=self._replicates.get(arm or "", 0),
+            data_dir=str(self.data_dir), manifest_sha256=self.manifest_sha256, study=self.study.name, trial=trial,
+            script=self.study.preset if self.study.script else "", script_values=self.study.script_values(params),
+            **(self.sources.taken(config, seed) if self.sources else {}),
         )  # fmt: skip
 
-    def _runs_of(self, params: Mapping[str, Any], seeds: tuple[int, ...], *, is_searched: bool) -> dict[int, str]:
-        """Run id by seed."""
-        bundle_sha256 = hashlib.sha256(self.pack(self._config(params, is_searched=is_searched))).hexdigest()
-        requests = {seed: self._request(params, seed, trial=None, is_searched=is_searched) for seed in seeds}
+    def _runs_of(self, params: Mapping[str, Any], seeds: tuple[int, ...], *, arm: str | None) -> dict[int, str]:
+        """Run id by seed, of an arm or of a trial."""
+        bundle_sha256 = hashlib.sha256(self.pack(self._config(params, is_searched=arm is None))).hexdigest()
+        requests = {seed: self._request(params, seed, trial=None, arm=arm) for seed in seeds}
         return {seed: run_id_of(request, bundle_sha256) for seed, request in requests.items()}
 
     def _plan(self, owner: Trial | Arm, seed: int) -> RunDir:
-        is_searched = isinstance(owner, Trial)
-        trial = owner.number if isinstance(owner, Trial) else owner.trial
-        request = self._request(owner.params, seed, trial=trial, is_searched=is_searched)
+        trial, arm = (owner.number, None) if isinstance(owner, Trial) else (owner.trial, owner.name)
+        request = self._request(owner.params, seed, trial=trial, arm=arm)
         return self.store.plan(request, bundle=self.pack(request.config), code=self.code)
 
     def _refill(self) -> None:
@@ -314,23 +338,75 @@ class Controller:
         if stored is not None and stored.status == protocol.COMPLETE:
             self.backlog.results[wanted.run_id] = stored
         else:
+            if not self._affords(wanted):
+                return False
             self.attempts.submit(run)
         return True
+
+    # ------------------------------------------------------------------------------------------------ the budget
+
+    def _affords(self, wanted: Wanted) -> bool:
+        """Set a run's longest cost aside; False where a cap does not let it."""
+        keep = self._kept_back() if isinstance(wanted.owner, Trial) else 0.0
+        refused = self.purse.reserve(wanted.run_id, run_cost(self.study), keep=keep)
+        self._tell_of_cap(refused)
+        if refused == BY_STUDY and not self.attempts.open and isinstance(wanted.owner, Trial):
+            self._give_up(wanted.owner)
+        return refused is None
+
+    def _kept_back(self) -> float:
+        """GPU-seconds that the search leaves to the confirmation."""
+        return confirmation_cost(self.study)
+
+    def _give_up(self, trial: Trial) -> None:
+        """Tell a trial whose runs no cap lets begin any more, so that the confirmation need not wait for it."""
+        self._is_search_spent = True
+        self._tell_trial(trial, Verdict(state=ledger.PRUNED, reason="its runs could not begin: the budget is spent"))
+
+    def _has_search_money(self) -> bool:
+        """Whether one more trial may begin now. Once the cap has ended the search it stays ended."""
+        if self._is_search_spent:
+            return False
+        runs = len(self.study.search.seeds)
+        refused = self.purse.refusal(runs * run_cost(self.study), keep=self._kept_back())
+        self._tell_of_cap(refused)
+        self._is_search_spent = refused == BY_STUDY and not self.attempts.open and not self.backlog.running_trials()
+        return refused is None
+
+    def _tell_of_cap(self, refused: str | None) -> None:
+        """Say once which cap holds the study up."""
+        if refused == self._waits_for:
+            return
+        self._waits_for = refused
+        if refused == BY_DAY:
+            self.progress.note(
+                f"the day's budget is used up; {self.study.name} goes on at {next_day(time.time()):%H:%M} UTC"
+            )
+        if refused == BY_STUDY:
+            self.progress.note(
+                f"the budget of {self.study.name} leaves no room for another run beside those that run and those that are "
+                "kept for the confirmation"
+            )
 
     # ------------------------------------------------------------------------------------------------ asking
 
     def _ask(self) -> bool:
         """Ask for one more trial, or for the confirmation; False where nothing is left to ask."""
         if len(self.state.trials) < self.study.search.trials:
-            self._ask_trial(len(self.state.trials))
-            return True
+            if self._has_search_money():
+                self._ask_trial(len(self.state.trials))
+                return True
+            if not self._is_search_spent:
+                return False
         return self._ask_arms()
 
     def _ask_trial(self, number: int) -> None:
-        params = self.search.ask(number)
-        runs = {} if self._refusal(params) else self._runs_of(params, self.study.search.seeds, is_searched=True)
-        origin = ledger.BY_SAMPLER if number else ledger.BY_PRESET
-        self.ledger.decide(ledger.TRIAL_ASKED, trial=number, origin=origin, params=params, runs=runs)
+        request = next(iter(enqueued.waiting(self.files.queue, self.state)), None) if number else None
+        params = request.params if request else self.search.ask(number)
+        runs = {} if self._refusal(params) else self._runs_of(params, self.study.search.seeds, arm=None)
+        origin = ledger.BY_HAND if request else ledger.BY_SAMPLER if number else ledger.BY_PRESET
+        queued = {"queued": request.id, "source": request.source} if request else {}
+        self.ledger.decide(ledger.TRIAL_ASKED, trial=number, origin=origin, params=params, runs=runs, **queued)
         trial = self.state.trials[number]
         self.search.begin(trial)
         for seed in runs:
@@ -348,9 +424,10 @@ class Controller:
         """Ask for the arms that follow from the trials; False where they are asked, or it is too early."""
         if self.study.confirm is None or self.backlog.running_trials():
             return False
-        asked = False
-        for name, (trial, params) in self._arms().items():
-            runs = self._runs_of(params, self.study.confirm.seeds, is_searched=False)
+        asked, arms = False, self._arms()
+        seeds = self._confirmation.seeds(arms) if arms else ()
+        for name, (trial, params) in arms.items():
+            runs = self._runs_of(params, seeds, arm=name)
             known = self.state.arms.get(name)
             if known is None or known.runs != runs:
                 self.ledger.decide(ledger.ARM_ASKED, arm=name, trial=trial, params=params, runs=runs)
@@ -359,8 +436,16 @@ class Controller:
                 asked = True
         return asked
 
+    @property
+    def _confirmation(self) -> Confirmation:
+        return Confirmation(self.study, ledger=self.ledger, backlog=self.backlog, baseline=self.baseline)
+
     def _arms(self) -> dict[str, tuple[int, dict[str, Any]]]:
-        """(trial, params) by arm: the unchanged preset, and the best point where it is another, or the candidate."""
+        """(trial, params) by arm: a design's cells; or the unchanged preset, and the best point where it is another, or the
+        candidate.
+        """
+        if self.study.cells:
+            return {cell.name: (0, cell.params) for cell in self.study.cells}
         if self.study.candidate is not None:
             return {ledger.PRESET_ARM: (0, {}), ledger.BEST_ARM: (0, self.study.candidate_params)}
         if self.study.search.trials and not self._has_complete_trial():
@@ -369,6 +454,8 @@ class Controller:
         best = self.state.best
         if best is not None and best.number != 0:
             arms[ledger.BEST_ARM] = (best.number, best.params)
+            if self.study.confirm is not None and self.study.confirm.against:  # the preset is not what must be beaten
+                del arms[ledger.PRESET_ARM]
         return arms
 
     def _has_complete_trial(self) -> bool:
@@ -379,10 +466,12 @@ class Controller:
     def _stop_early(self) -> None:
         """Stop the trials that are behind; never the preset, and never a run that somebody else waits for too."""
         for trial in self.backlog.running_trials():
-            if trial.number != 0 and not self.backlog.is_shared(trial) and self.early_stopping.is_behind(trial):
-                for attempt in self.attempts.open:
-                    if attempt.run_id in trial.runs.values():
-                        self.attempts.stop(attempt, ledger.MEDIAN)
+            if trial.number == 0 or self.backlog.is_shared(trial):
+                continue
+            found = self.early_stopping.given_up(trial, self.state)
+            for attempt in self.attempts.open if found else ():
+                if found and attempt.run_id in trial.runs.values():
+                    self.attempts.stop(attempt, found.reason)
 
     def _tell(self) -> None:
         """Tell the trials that have ended."""
@@ -403,6 +492,8 @@ class Controller:
             state=found.state,
             value=found.value,
             constraints=found.constraints,
+            measures=found.measures,
+            failure=found.failure,
             intermediate={due: loss for due, loss in losses.items() if math.isfinite(loss)},
             reason=found.reason,
         )
@@ -420,21 +511,24 @@ class Controller:
     # ------------------------------------------------------------------------------------------------ the end
 
     def _is_done(self) -> bool:
-        has_all_trials = len(self.state.trials) >= self.study.search.trials
-        return has_all_trials and not self.backlog.running_trials() and not self.backlog.wanted()
+        has_all_trials = self._is_search_spent or len(self.state.trials) >= self.study.search.trials
+        is_spent = self._waits_for == BY_STUDY  # with nothing running, nothing is given back any more
+        return has_all_trials and not self.backlog.running_trials() and (is_spent or not self.backlog.wanted())
 
     def _finish(self) -> None:
         """Close the study; one that holds no number is a failure."""
         if self.study.search.trials and not self._has_complete_trial():
             self._fail(f"none of its {len(self.state.trials)} trials completed: {self._last_reason()}")
-        results = [self.backlog.results[run_id] for arm in self.state.arms.values() for run_id in arm.runs.values()]
+        is_spent = len(self.state.trials) < self.study.search.trials or bool(self.backlog.wanted())
+        asked = [run_id for arm in self.state.arms.values() for run_id in arm.runs.values()]
+        results = [self.backlog.results[run_id] for run_id in asked if run_id in self.backlog.results]
         if results and all(result.status != protocol.COMPLETE for result in results):
             failure = results[-1].failure
             self._fail(
                 f"none of its {len(results)} confirmation runs completed: {failure.message if failure else 'stopped'}"
             )
         if self.state.closed is None:
-            self._close(ledger.FINISHED)
+            self._close(ledger.SPENT if is_spent else ledger.FINISHED)
 
     def _last_reason(self) -> str:
         trials: list[Trial] = list(self.state.trials.values())

@@ -19,11 +19,15 @@ from typing import Any
 # database that a rebuild has moved away.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+# A server that is away is asked again with the next pass; with MLflow's own patience one call would take four minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 
-from orchestrator.errors import CaddieError, StorageError
+from orchestrator import tracking_server
+from orchestrator.errors import CaddieError, ConfigError, StorageError
 from orchestrator.home import Home
 from orchestrator.mlflow_entries import ATTEMPT, KEY, MIRRORED, Point, experiment_tags, milliseconds, param_text
 from orchestrator.study import Study
@@ -42,6 +46,9 @@ PARTIAL = ".partial"
 """End of the name of a database that is still being made."""
 
 ENDED = frozenset({"FINISHED", "FAILED", "KILLED"})
+HOME = "caddie.home"
+"""Tag of an experiment on a server: the home whose study it shows."""
+
 
 for _noisy in ("mlflow", "alembic"):  # both tell of every table that they make
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -68,7 +75,10 @@ class MlflowRun:
 
 
 def _client(database: Path) -> MlflowClient:
-    uri = f"sqlite:///{database}"
+    return _client_at(f"sqlite:///{database}")
+
+
+def _client_at(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -82,11 +92,14 @@ def _make_database(database: Path) -> None:
 
 
 class MlflowStore:
-    """One database and its artifacts, and what this process has learnt of the runs in it."""
+    """One database, or a server's, with its artifacts, and what this process has learnt of the runs in it."""
 
     def __init__(self, home: Home, database: Path | None = None) -> None:
         self.home = home
         self.database = database or home.mlflow_database
+        self.server = "" if database else tracking_server.address()
+        """Address of the server that is used in place of the database; empty where there is none."""
+
         self._experiments: dict[str, str] = {}
         self._known: dict[tuple[str, str], MlflowRun] = {}
         self._client: MlflowClient | None = None
@@ -95,15 +108,15 @@ class MlflowStore:
     def client(self) -> MlflowClient:
         """The client; the first use makes the database, so the caller must hold the lock."""
         if self._client is None:
-            if not self.database.exists():
+            if not self.server and not self.database.exists():
                 _make_database(self.database)
-            self._client = _client(self.database)
+            self._client = _client_at(self.server) if self.server else _client(self.database)
         return self._client
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the home's MLflow lock; whatever MLflow raises meanwhile becomes a StorageError that names the remedy."""
-        with _locked(self.home), _named_failures(self.database):
+        with _locked(self.home), _named_failures(self.server or str(self.database), _remedy(self.server)):
             yield
 
     def prepare(self) -> None:
@@ -198,16 +211,43 @@ class MlflowStore:
             self.client.log_artifact(mirrored.mlflow_id, str(path), folder)
 
     def experiment(self, study: Study) -> str:
-        """The study's experiment, made or restored where necessary, with its description and its view."""
-        return self.named_experiment(study.name, experiment_tags(study))
+        """The study's experiment, made or restored where necessary, with its description and its view.
+
+        Raises ConfigError where another home has one of that name on the same server.
+        """
+        if not self.server:
+            return self.named_experiment(study.name, experiment_tags(study))
+        if study.name not in self._experiments:
+            self._require_own(study.name)
+        return self.named_experiment(study.name, {**experiment_tags(study), HOME: str(self.home.root)})
+
+    def _require_own(self, name: str) -> None:
+        found = self.client.get_experiment_by_name(name)
+        owner = str(self.home.root) if found is None else found.tags.get(HOME, "")
+        if owner != str(self.home.root):
+            raise ConfigError(
+                f"{self.server}: the experiment {name!r} is not this home's but that of {owner or 'somebody else'}",
+                hint="give the study another name; where the home was moved, caddie track --rebuild takes it over",
+            )
+
+    def put_away(self, name: str) -> None:
+        """Delete the runs of an experiment on the server, to be made again by this home; there may be none."""
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            return
+        self._load(found.experiment_id)
+        for mirrored in self._known.values():
+            self.client.delete_run(mirrored.mlflow_id)
+        self._known.clear()
+        self.client.set_experiment_tag(found.experiment_id, HOME, str(self.home.root))
 
     def named_experiment(self, name: str, tags: Mapping[str, str]) -> str:
         """An experiment by its name, made or restored where necessary, with its tags set; learns the runs in it."""
         if name not in self._experiments:
             found = self.client.get_experiment_by_name(name)
             if found is None:
-                location = (self.home.mlflow_artifacts / name).resolve().as_uri()
-                experiment_id = self.client.create_experiment(name, artifact_location=location)
+                own = None if self.server else (self.home.mlflow_artifacts / name).resolve().as_uri()
+                experiment_id = self.client.create_experiment(name, artifact_location=own)
             else:
                 experiment_id = found.experiment_id
                 if found.lifecycle_stage == "deleted":
@@ -232,8 +272,14 @@ def _locked(home: Home) -> Iterator[None]:
         yield
 
 
+def _remedy(server: str) -> str:
+    if server:
+        return f"does it answer, and let you in ({tracking_server.SIGN_IN})? `caddie track` then completes it"
+    return "caddie track --rebuild makes it again from the run directories"
+
+
 @contextmanager
-def _named_failures(database: Path) -> Iterator[None]:
+def _named_failures(place: str, remedy: str) -> Iterator[None]:
     """Whatever MLflow and its database raise, as one StorageError that names the remedy."""
     try:
         yield
@@ -241,7 +287,4 @@ def _named_failures(database: Path) -> Iterator[None]:
         raise
     except Exception as error:  # MLflow, SQLAlchemy and SQLite each have a family of their own
         reason = (str(error).splitlines() or [""])[0]
-        raise StorageError(
-            f"{database}: MLflow cannot use it: {type(error).__name__}: {reason}",
-            hint="caddie track --rebuild makes it again from the run directories",
-        ) from error
+        raise StorageError(f"{place}: MLflow cannot use it: {type(error).__name__}: {reason}", hint=remedy) from error

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TextIO
 
 from orchestrator import access as accesses
+from orchestrator import tracking_server
 from orchestrator.access import USER, Access
 from orchestrator.errors import MachineError
 from orchestrator.home import Home
@@ -139,9 +140,17 @@ def serve(
     stream: TextIO | None = None,
     is_wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Serve until Ctrl-C, SIGTERM or until `is_wanted` says no. Raises MachineError for a busy port or a server that dies."""
+    """Serve until Ctrl-C, SIGTERM or until `is_wanted` says no. Raises MachineError for a busy port or a server that dies.
+
+    Where a tracking server is used it is brought up to date, its addresses are printed, and nothing is started.
+    """
     stream = sys.stderr if stream is None else stream
     home.require_writable()
+    if tracking_server.address():
+        for problem in prepare_store(home):
+            _say(stream, f"warning: {problem}")
+        _print_addresses(home, tracking_server.address(), ending="", stream=stream)
+        return
     require_free_port(host, port)
     for problem in prepare_store(home):
         _say(stream, f"warning: {problem}")
@@ -149,7 +158,7 @@ def serve(
     server = _start(server_command(home, host, port), access.environment if access else {})
     try:
         _wait_until_healthy(server, host, port)
-        _print_addresses(home, host, port, stream=stream)
+        _print_addresses(home, _url(host, port), ending="   (Ctrl-C ends it)", stream=stream)
         if access:
             _say(
                 stream,
@@ -209,9 +218,8 @@ def _url(host: str, port: int) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
-def _print_addresses(home: Home, host: str, port: int, *, stream: TextIO) -> None:
-    url = _url(host, port)
-    _say(stream, f"MLflow: {url}/#/experiments?workflowType=machine_learning   (Ctrl-C ends it)")
+def _print_addresses(home: Home, url: str, *, ending: str, stream: TextIO) -> None:
+    _say(stream, f"MLflow: {url}/#/experiments?workflowType=machine_learning{ending}")
     for name, path in study_paths(home).items():
         _say(stream, f"  {name}: {url}{path}")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchestrator import ledger
+from orchestrator.measures import ARTIFACT_BYTES, EVAL_SECONDS, TRAIN_SECONDS, excess, measures_of
 from orchestrator.study import Study
 from trainer import protocol
 from trainer.protocol import Result
@@ -23,6 +24,9 @@ class Verdict:
     constraints: dict[str, float] = field(default_factory=dict)
     """By how much each limit is exceeded, in its own unit; feasible where none is above 0."""
 
+    measures: dict[str, float] = field(default_factory=dict)
+    """What its runs took, of the seeds the worst; see orchestrator.measures."""
+
     reason: str = ""
     failure: str | None = None
     """Kind of the failure, where the trial failed."""
@@ -35,8 +39,12 @@ def verdict(study: Study, results: Mapping[int, Result]) -> Verdict:
         return _failed(*failed[0])
     if any(result.status == protocol.STOPPED for result in results.values()):
         return Verdict(state=ledger.PRUNED, reason="stopped early")
-    value = sum(result.scores[study.search.objective].bpb for result in results.values()) / len(results)
-    return Verdict(state=ledger.COMPLETE, value=value, constraints=_constraints(study, list(results.values())))
+    scored, objective = list(results.values()), study.search.objective
+    value = sum(result.scores[objective].bpb for result in scored) / len(scored)
+    measures = measures_of(scored, objective)
+    return Verdict(
+        state=ledger.COMPLETE, value=value, constraints=_constraints(study, measures), measures=measures
+    )  # fmt: skip
 
 
 def is_failure(study: Study, result: Result) -> bool:
@@ -60,11 +68,7 @@ def _failed(seed: int, result: Result) -> Verdict:
     return Verdict(state=ledger.FAILED, reason=f"{kind}: {message} (seed {seed}{log})", failure=kind)
 
 
-def _constraints(study: Study, results: list[Result]) -> dict[str, float]:
-    """The excess over each limit, of the seed that exceeds it most."""
-    limits, objective = study.config.limits, study.search.objective
-    return {
-        "artifact_bytes": max(float(result.artifact_bytes - limits.artifact_bytes) for result in results),
-        "train_seconds": max(result.train_seconds for result in results) - limits.train_seconds,
-        "eval_seconds": max(result.scores[objective].seconds for result in results) - limits.eval_seconds,
-    }
+def _constraints(study: Study, measures: Mapping[str, float]) -> dict[str, float]:
+    """The excess over each limit; a run that made no file keeps the cap."""
+    known = {ARTIFACT_BYTES: 0.0, TRAIN_SECONDS: 0.0, EVAL_SECONDS: 0.0, **measures}
+    return {name: excess(name, known[name], limit) for name, limit in study.limits.items() if name in known}

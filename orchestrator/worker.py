@@ -32,6 +32,7 @@ from orchestrator.allocation import Allocation
 from orchestrator.home import home_of
 from orchestrator.node_check import Node, NodeRefused, Pace
 from orchestrator.pulse import BEAT_SECONDS
+from orchestrator.script_run import ScriptRun
 from trainer import protocol
 from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
 from trainer.protocol import AttemptDir, Failure, Result, RunDir, Spec
@@ -41,6 +42,7 @@ TRAINER_TAG = "CADDIE_TRAINER_TAG"
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the step in progress to end after SIGTERM, and for a process to leave after its result
+GIVEN_UP_SECONDS = 2.0  # the same for a trial that is stopped early: its slot is wanted
 TAIL_BYTES = 65_536  # of the log, searched for the cause of a failure
 DESCRIBE_SECONDS = 120.0  # for an interpreter to say what it has; from a network file system the first start is slow
 SHOWN_LINES = 20  # of the log, put into the result
@@ -295,8 +297,8 @@ class Notice:
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         if self.by is None:
             self.by, self._was_early = signal.Signals(number), not self.attempt.events.exists()
-            with open(self.attempt.notice, "wb"):
-                pass
+            with suppress(OSError):  # on a full disk the signal alone has to do
+                self.attempt.notice.touch()
 
     def is_due(self) -> bool:
         """Whether to pass a SIGTERM on to the trainer, once, as soon as it can understand one.
@@ -522,6 +524,9 @@ def _run_trainer(part: Part, spec: Spec) -> tuple[int, str | None]:
     key = compile_cache.key_of(spec, processes=processes, packages=machine.packages, gpus=machine.gpus)
     with compile_cache.lent(key, archive=home_of(run).compiled(key), environment=environment) as cache:
         environment |= cache.variables
+        script = ScriptRun(run, files, spec) if spec.script else None
+        if script:
+            environment = script.prepare(environment, order.python or sys.executable)
         if part.is_first:
             protocol.write_json_atomically(files.env, describe_environment(environment, machine, cache.found))
         try:
@@ -530,12 +535,18 @@ def _run_trainer(part: Part, spec: Spec) -> tuple[int, str | None]:
             signal_tagged(TRAINER_TAG, tag, signal.SIGKILL)  # of a sum over the GPUs that hangs
             raise
         with part.stdout.open("ab") as out, part.stderr.open("ab") as err:
+            command = part_command(part, torch=machine.packages.get("torch", ""), script=script)
             process = subprocess.Popen(
-                shielded(part_command(part, torch=machine.packages.get("torch", "")), is_alone=processes == 1),
-                cwd=run.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0,
+                shielded(command, is_alone=processes == 1 and not set(TORCHRUN) <= set(command)),
+                cwd=files.work if script else run.root, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0,
             )  # fmt: skip
         with gauges.recording(files.system(part.allocation.node), order.gpus):
-            ended = _watch(process, part, tag)
+            follower = script if part.is_first else None
+            if follower:
+                follower.start(device=machine.device, torch=machine.packages.get("torch", ""), world_size=processes)
+            ended = _watch(process, part, tag, script=follower)
+        if follower and ended is None and process.returncode == 0:
+            follower.conclude(device=machine.device, world_size=processes)
         if part.is_first and files.result.exists() and protocol.read_result(files.result).status == protocol.COMPLETE:
             cache.save()
     return process.returncode, ended
@@ -569,21 +580,28 @@ def trainer_command(run: RunDir, attempt: int, processes: int) -> list[str]:
     return [sys.executable, *_on_one_node(processes), *_program(run, attempt)]
 
 
-def part_command(part: Part, *, torch: str) -> list[str]:
-    """The same for one node's part of an attempt, by the interpreter that is ordered, with signals left to the ranks."""
-    options = _on_one_node(part.order.processes) if part.allocation.nodes == 1 else _on_this_node(part)
+def part_command(part: Part, *, torch: str, script: ScriptRun | None = None) -> list[str]:
+    """The same for one node's part of an attempt, by the interpreter that is ordered, with signals left to the ranks.
+
+    Somebody else's script has torchrun on a single GPU too: some look for its variables without asking.
+    """
+    is_launched = script is not None and bool(part.order.gpus)
+    is_alone = part.allocation.nodes == 1
+    options = _on_one_node(part.order.processes, is_launched=is_launched) if is_alone else _on_this_node(part)
     version = tuple(int(number) for number in re.findall(r"\d+", torch)[:2])
     if options and version >= SHIELDING_TORCH:
         options.append("--signals-to-handle=SIGINT")
-    return [part.order.python or sys.executable, *options, *_program(part.run, part.files.number)]
+    program = script.program if script else _program(part.run, part.files.number)
+    return [part.order.python or sys.executable, *options, *program]
 
 
 def _program(run: RunDir, attempt: int) -> list[str]:
     return [str(run.bundle), str(run.root), "--attempt", str(attempt)]
 
 
-def _on_one_node(processes: int) -> list[str]:
-    return [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+def _on_one_node(processes: int, *, is_launched: bool = False) -> list[str]:
+    is_needed = processes > 1 or is_launched
+    return [*TORCHRUN, "--standalone", f"--nproc_per_node={processes}"] if is_needed else []
 
 
 def _on_this_node(part: Part) -> list[str]:
@@ -619,7 +637,7 @@ def trainer_environment(gpus: str, tag: str) -> dict[str, str]:
     return {**environment, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1", TRAINER_TAG: tag}
 
 
-def _watch(process: subprocess.Popen[bytes], part: Part, tag: str) -> str | None:
+def _watch(process: subprocess.Popen[bytes], part: Part, tag: str, *, script: ScriptRun | None = None) -> str | None:
     """Wait for the trainer's end and say why it had to end: None where it did by itself.
 
     STOPPED where it was asked to stop, TIMEOUT where it took too long, SUPERSEDED where the run has a later attempt,
@@ -640,10 +658,12 @@ def _watch(process: subprocess.Popen[bytes], part: Part, tag: str) -> str | None
             ended, deadline = protocol.COMPLETE, now + order.grace_seconds
         elif ended is None and (attempt.stop.exists() or now > deadline):
             ended = protocol.STOPPED if attempt.stop.exists() else protocol.TIMEOUT
-            deadline = now + order.grace_seconds
+            deadline = now + (GIVEN_UP_SECONDS if _is_given_up(attempt) else order.grace_seconds)
             _ask_to_leave(process, tag)
         elif ended is None and now - looked > OWNER_SECONDS:
             looked = now
+            if script:
+                script.look()
             ended = _why_to_end(part) or (protocol.NODE if pace.problem() else None)
             deadline = now if ended else deadline
         time.sleep(POLL_SECONDS)
@@ -651,6 +671,11 @@ def _watch(process: subprocess.Popen[bytes], part: Part, tag: str) -> str | None
     if ended == protocol.NODE:
         raise node_check.refuse(_name_of_node(part), attempt, pace.problem())
     return None if ended == protocol.COMPLETE else ended
+
+
+def _is_given_up(attempt: AttemptDir) -> bool:
+    """Whether nobody wants what the attempt has: it need not end its step, nor keep a checkpoint."""
+    return attempt.stop.exists() and attempt.stop.read_bytes() == protocol.GIVEN_UP
 
 
 def _why_to_end(part: Part) -> str | None:
@@ -699,6 +724,11 @@ class Machine:
     processors: int | None
     packages: dict[str, str]
     gpus: Sequence[str]
+
+    @property
+    def device(self) -> str:
+        """The first GPU's name, or cpu."""
+        return self.gpus[0].partition(",")[0] if self.gpus else "cpu"
 
 
 def describe_machine(gpus: str, python: str = "") -> Machine:

@@ -21,6 +21,8 @@ HEAVY = {"torch", "huggingface_hub", "mlflow", "optuna", "pandas", "rich", "plot
 OWNERS = {
     "brotli": {"orchestrator.bundle"},
     "optuna": {"orchestrator.search"},
+    "cmaes": {"orchestrator.evolution"},
+    "numpy": {"orchestrator.evolution", "orchestrator.racing"},
     "submitit": {"orchestrator.launcher", "orchestrator.slurm_launcher"},  # its two executors
     "huggingface_hub": {"orchestrator.hub"},
     "httpx2": {"orchestrator.hub"},  # comes with it; its errors are this one's

@@ -200,7 +200,7 @@ def probe(subject: Subject, dataset: Dataset, say: Say) -> dict[str, Any]:
         "bytes": lambda: probes.byte_count(subject.slice(*subject.sample), Speller(dataset.tokenizer).texts),
         "first_chunk": lambda: first_chunk(subject),
     }
-    if subject.config.ttt.method != "off":
+    if subject.config.ttt.is_scored:
         config = subject.config.ttt
         adapted = functools.cache(subject.adapted)
         rows = config.batch_documents if config.is_by_document else subject.config.evaluation.batch_windows

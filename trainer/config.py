@@ -514,6 +514,11 @@ class TTTConfig(Section):
     frozen_blocks: int = _between(0, 0)
     """First blocks that do not learn."""
 
+    before_quantization: bool = False
+    """Learn from the whole validation split before the weights are quantised, and from nothing afterwards: what is scored has
+    been learned. Breaks condition 3 of #1017; for studies of what learning and rounding do to each other, #1341.
+    """
+
     lora_unit: str = _one_of("chunk", "chunk", "document")
     """`chunk`: one adapter learns from chunk to chunk, #1341; `document`: each document has its own and leaves nothing."""
 
@@ -548,10 +553,20 @@ class TTTConfig(Section):
                 )
         if not self.lora_targets or len(set(self.lora_targets)) < len(self.lora_targets):
             raise ConfigError(f"ttt.lora_targets must name each target once, got {list(self.lora_targets)}")
+        if self.before_quantization and self.method not in ("sgd", "adamw"):
+            raise ConfigError(
+                f"ttt.before_quantization needs weights that learn themselves, got ttt.method {self.method!r}",
+                hint='set ttt.method to "sgd" or "adamw"',
+            )
 
     @property
     def is_by_document(self) -> bool:
         return self.method == "lora" and self.lora_unit == "document"
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether there is a score of its own, beside the one without learning."""
+        return self.method != "off" and not self.before_quantization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,7 @@ def execute(run: Run) -> None:
     )  # fmt: skip
     with run.phase("load"):
         dataset = Dataset.open(Path(run.spec.data_dir), config.model.vocab_size, run.spec.manifest_sha256)
-    if run.spec.source:
+    if run.spec.source and run.spec.source_part == protocol.ARTIFACT:
         if world.is_first:
             take_over(run)
         world.agree(0.0)  # the others read the file only now
@@ -212,8 +212,26 @@ def execute(run: Run) -> None:
     with run.phase("load"):
         torch.manual_seed(run.spec.seed)
         model = build_model(config, world)
-        network = Network(model, config, world)
         run.found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    recurrent = given_weights(run, model) if run.spec.source else trained(run, model, dataset)
+    if "status" in run.found:
+        return
+    if config.ttt.before_quantization:
+        learn_beforehand(run, model, stream_of(run, dataset), recurrent)
+    pack(run, model, dataset, recurrent)
+    stream = stream_of(run, dataset)
+    stage_score(run, protocol.POST_EMA, model, stream, recurrent)
+    score_stored(run, stream)
+
+
+def trained(run: Run, model: Model, dataset: Dataset) -> int:
+    """Train the model, which then holds the averaged weights; returns the extra passes through its repeated layers.
+
+    Where the run was stopped, its status says so.
+    """
+    config, world = run.config, run.world
+    with run.phase("load"):
+        network = Network(model, config, world)
     if config.runtime.compile or world.device.type == "cuda":
         with run.phase("compile"):
             network.prepare()
@@ -235,14 +253,32 @@ def execute(run: Run) -> None:
         steps=outcome.steps, tokens=outcome.tokens, train_seconds=outcome.train_seconds,
         final_train_loss=outcome.final_train_loss,
     )  # fmt: skip
-    del network  # and with it the memory of what it recorded
     if outcome.was_stopped:
         run.found["status"] = protocol.STOPPED
-        return
-    pack(run, model, dataset, outcome.recurrent)
-    stream = stream_of(run, dataset)
-    stage_score(run, protocol.POST_EMA, model, stream, outcome.recurrent)
-    score_stored(run, stream)
+    return outcome.recurrent
+
+
+def given_weights(run: Run, model: Model) -> int:
+    """Put another run's trained weights into the model; returns what `trained` does. Raises ProtocolError."""
+    path = run.directory.source
+    file = artifact.decode(path.read_bytes(), str(path))
+    model.load_state_dict(file.state())
+    return int(file.meta["recurrent"])
+
+
+def learn_beforehand(run: Run, model: Model, stream: Stream, recurrent: int) -> None:
+    """Learn from the validation split before quantisation, which no submission may; the log says so."""
+    config = run.config.ttt
+    run.log.emit(protocol.WARNING, name="learned_before_quantization", positions=stream.positions)
+    with run.phase("adapt"):
+        length = run.config.evaluation.sequence_length
+        adapter = ChunkAdapter(model, stream, config=config, length=length, recurrent=recurrent, world=run.world)
+        firsts = range(0, stream.positions, config.chunk_tokens)
+        for chunk, first in enumerate(firsts):
+            last = min(first + config.chunk_tokens, stream.positions)
+            adapter.learn(first, last, chunk=chunk, chunks=len(firsts))
+    model.requires_grad_(True)  # as training leaves it
+    model.zero_grad()
 
 
 def is_asked_to_leave(run: Run) -> bool:
@@ -268,7 +304,8 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: int) -> None:
         with run.phase("calibrate"):
             order = order_seed(config, run.spec.seed)
             found = calibrate(model, dataset, config=config, order_seed=order, recurrent=recurrent, world=world)
-        if config.quant.calibration == "training" or config.quant.grid == "fisher":  # else no training data were read
+        reads_training_data = config.quant.calibration == "training" or config.quant.grid == "fisher"
+        if reads_training_data and not run.spec.source:  # which trains nothing, and costs its evaluation alone
             run.found["train_seconds"] += run.log.phases["calibrate"]
     if world.is_first:
         cap_bytes = config.limits.artifact_bytes - run.directory.bundle.stat().st_size
@@ -282,8 +319,9 @@ def pack(run: Run, model: Model, dataset: Dataset, recurrent: int) -> None:
             )  # fmt: skip
         with run.phase("pack"):
             keep_artifact(run, fitted.packed)
-            weights = artifact.encode(artifact.ModelFile(meta, dict(model.state_dict())))
-            protocol.write_bytes_atomically(run.directory.weights, weights)
+            if not run.spec.source:
+                weights = artifact.encode(artifact.ModelFile(meta, dict(model.state_dict())))
+                protocol.write_bytes_atomically(run.directory.weights, weights)
     world.agree(0.0)  # the others read the file only now
 
 
@@ -336,7 +374,7 @@ def score_stored(run: Run, stream: Stream) -> None:
         stored, recurrent = stored_model(run)
     stage_score(run, protocol.ROUNDTRIP, stored, stream, recurrent)
     plain = stage_score(run, protocol.SLIDING, stored, stream, recurrent)
-    if config.method == "off":
+    if config.method == "off" or config.before_quantization:
         return
     # Weights that no evaluation has touched.
     if config.method == "lora" and config.lora_unit == "document":

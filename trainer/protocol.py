@@ -6,10 +6,11 @@
     runs/<run_id>/attempts/N/claim.json, env.json      worker, when the job starts
     runs/<run_id>/attempts/N/node_check<K>.json        worker on each node, before the trainer starts: what it found
     runs/<run_id>/attempts/N/system-M.jsonl            worker on node M, append-only: what its GPUs did
-    runs/<run_id>/attempts/N/stop                      orchestrator: please stop (an empty file)
+    runs/<run_id>/attempts/N/stop                      orchestrator: please stop (an empty file, or GIVEN_UP)
     runs/<run_id>/attempts/N/notice                    worker: the machine is wanted back (an empty file)
     runs/<run_id>/attempts/N/node<K>.json              worker on another node than the first: why its part failed
     runs/<run_id>/attempts/N/events.jsonl              trainer, rank 0, append-only
+    runs/<run_id>/attempts/N/reads.jsonl, work/        somebody else's script, where one is run in place of the trainer
     runs/<run_id>/attempts/N/result.json               trainer (or worker), whole, last
     runs/<run_id>/artifact.bin, checkpoint/            trainer
     runs/<run_id>/verify.json, audit.json              orchestrator, when somebody checks the run, replaced by the next check
@@ -45,11 +46,16 @@ START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpo
 KEPT, RESTORED = "kept", "restored"  # states of a checkpoint: it ends an attempt's training, or begins it
 SCORED, LEARNED = "scored", "learned"  # of a chunk of positions: its score is fixed; later chunks may depend on it
 
+# What a run takes from another instead of training.
+ARTIFACT, WEIGHTS = "artifact", "weights"
+
 # Names of values in a metric event that the control plane reads.
 TRAIN_LOSS = "train_loss"
 VAL_LOSS = "val_loss"  # on a part of the validation split, in the middle of training; nats per token
 TOKENS_PER_SECOND = "tokens_per_second"  # over the run's training so far
 ELAPSED_FRAC = "elapsed_frac"  # part of the run's own schedule, by its own clock, that is used up after the step
+
+GIVEN_UP = b"given up\n"  # content of a stop file: at once, what the attempt has is not wanted
 
 # Status of a result.
 COMPLETE, FAILED, STOPPED = "complete", "failed", "stopped"
@@ -127,6 +133,14 @@ class AttemptDir:
         return self.root / f"node{node}.json"
 
     @property
+    def work(self) -> Path:  # the current directory of somebody else's script, where it leaves its log and its files
+        return self.root / "work"
+
+    @property
+    def reads(self) -> Path:  # the environment variables that such a script looked at, one JSON object a line
+        return self.root / "reads.jsonl"
+
+    @property
     def scheduler(self) -> Path:  # the scheduler's own files; fresh for each attempt, so that no old answer is found
         return self.root / "scheduler"
 
@@ -154,7 +168,7 @@ class RunDir:
         return self.root / "artifact.bin"
 
     @property
-    def source(self) -> Path:  # the model file of another run, where this one only scores it
+    def source(self) -> Path:  # the model file of another run, or its weights, where this one trains nothing
         return self.root / "source.bin"
 
     @property
@@ -283,10 +297,16 @@ class Spec:
     """`git_sha` of the orchestrator's checkout and `diff_sha256` of its uncommitted changes, where there is one."""
 
     source: str = ""
-    """Run whose model file is scored again, where nothing is trained; empty for a run that trains."""
+    """Run whose model is scored again, where nothing is trained; empty for a run that trains."""
 
     source_sha256: str = ""
-    """Of that model file."""
+    """Of the file that is taken from it."""
+
+    source_part: str = ARTIFACT
+    """What is taken from it: the model file ARTIFACT, or the trained WEIGHTS, which are then quantised anew."""
+
+    script: str = ""
+    """Name of the program of somebody else's that is run in place of our trainer, `config` holding its environment."""
 
     study: str = ""
     """Study that asked first; another may ask for the same run and is told the same result."""

@@ -10,6 +10,8 @@ as they end. Faults come in an order that the seed decides, at moments that it d
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "orchestrator")]
 
 from orchestrator import worker  # noqa: E402
+from orchestrator.errors import CaddieError  # noqa: E402
 from orchestrator.home import Home  # noqa: E402
 from orchestrator.job_names import JobNames  # noqa: E402
 from orchestrator.launcher import LocalLauncher  # noqa: E402
@@ -38,7 +41,7 @@ from orchestrator.slots import Slots  # noqa: E402
 from orchestrator.slurm_launcher import SlurmLauncher  # noqa: E402
 from orchestrator.study import Study  # noqa: E402
 from tests.cluster.emulated import Cluster, missing  # noqa: E402
-from tests.orchestrator.fakes import Listener, tiny_study, write_plans  # noqa: E402
+from tests.orchestrator.fakes import FakeSearch, Listener, tiny_study, write_plans  # noqa: E402
 from tests.orchestrator.make_controller import controller  # noqa: E402
 from trainer import protocol  # noqa: E402
 from trainer.protocol import AttemptDir  # noqa: E402
@@ -46,7 +49,10 @@ from trainer.protocol import AttemptDir  # noqa: E402
 TRIAL_SECONDS = 1.0
 DOWN_SECONDS = 6.0  # for which a daemon stays away; a node's must be away for longer than Slurm waits for it
 NODE_SECONDS = 20.0
+FULL_SECONDS = 3.0
+DISK_BYTES = 2**29
 CONTROLLER_PAUSE = 0.5
+MOST_EXITS = 50  # of the same error: it is no fault of ours then
 
 LYING_SBATCH = """#!/bin/sh
 # One submission in {one_in} is made and denied, another is neither made nor answered.
@@ -61,8 +67,13 @@ esac
 def study_of(kind: str, trials: int, slots: int) -> Study:
     resources = "timeout_minutes = 5"
     if kind == "slurm":
-        resources += '\nlauncher = "slurm"\ngpus_per_run = 1\npreflight = false'
+        resources += '\nlauncher = "slurm"\ngpus_per_run = 1'
     return tiny_study(trials=trials, slots=slots, confirm=None, resources=resources)
+
+
+def point_of(number: int, trials: int) -> dict[str, Any]:
+    """A point of its own for each trial, all of them within the space."""
+    return {"optim.muon_weight_decay": 0.01 + 0.29 * number / trials, "ttt.lr": 0.001}
 
 
 class Notes(Listener):
@@ -83,14 +94,11 @@ def control(kind: str, home: Home, trials: int, slots: int) -> None:
     launcher = (
         SlurmLauncher(study.resources, JobNames.of_study(study.name, home.root)) if kind == "slurm" else LocalLauncher()
     )
+    search = FakeSearch(point=lambda number: point_of(number, trials))
     controller(
-        study,
-        home,
-        launcher=launcher,
-        slots=Slots(((),) * slots),
-        listener=Notes(home.root / "notes.txt"),
+        study, home, launcher=launcher, search=search, slots=Slots(((),) * slots), listener=Notes(home.root / "notes.txt"),
         poll_seconds=0.2,
-    ).run()
+    ).run()  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- the harness
@@ -138,9 +146,9 @@ class Harness:
                 self._hurt()
         for _, come_back in self._due:
             come_back()
-        if self._controller is not None:
+        if self._controller is not None and self._controller.returncode is None:
             self._controller.kill()
-            self._reap()
+            self._controller.wait()
 
     def _start(self) -> None:
         with (self.home.root / "controller.log").open("ab") as log:
@@ -158,6 +166,8 @@ class Harness:
         self._controller.returncode = code = os.waitstatus_to_exitcode(status)
         self.exits[code] += 1
         self.cpu_seconds += usage.ru_utime + usage.ru_stime
+        if code > 0 and self.exits[code] > MOST_EXITS:
+            raise RuntimeError(f"controllers end with {code}: {self.home.root}/controller.log")
         if code:
             time.sleep(CONTROLLER_PAUSE)
             self._start()
@@ -166,7 +176,9 @@ class Harness:
     # ------------------------------------------------------------------------------------------------ faults
 
     def _hurt(self) -> None:
-        common: list[Callable[[], Fault | None]] = [self._kill_controller, self._kill_worker, self._kill_trainer]
+        common: list[Callable[[], Fault | None]] = [
+            self._kill_controller, self._kill_worker, self._kill_trainer, self._fill_disk,
+        ]  # fmt: skip
         of_cluster: list[Callable[[], Fault | None]] = [
             self._crash_node, self._kill_slurmd, self._kill_slurmctld, self._kill_slurmdbd, self._scancel, self._requeue,
             self._pre_empt, self._scancel, self._requeue,
@@ -258,6 +270,17 @@ class Harness:
         self._cluster().ask("scancel", "--signal=USR2", one[1].job, check=False)
         return self._fault("noticed", one[0])
 
+    def _fill_disk(self) -> Fault | None:
+        """Leave no room where runs and ledger lie, for a while; only where they lie on a disk of their own."""
+        if not self.home.root.is_mount():
+            return None
+        filler = self.home.root / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**20))
+        self._later(FULL_SECONDS, lambda: filler.unlink(missing_ok=True))
+        return self._fault("disk full")
+
     def _cluster(self) -> Cluster:
         assert self.cluster is not None
         return self.cluster
@@ -317,7 +340,7 @@ def idle_seconds(state: StudyState, files: Files) -> list[float]:
         by_slot.setdefault(attempt.resources["slot"], []).append(attempt)
     found = []
     for attempts in by_slot.values():
-        for one, next_one in zip(attempts, attempts[1:], strict=False):
+        for one, next_one in itertools.pairwise(attempts):
             begin = began(files[next_one.run_id, next_one.number])
             if one.status == protocol.COMPLETE and begin is not None:
                 found.append(begin - files[one.run_id, one.number].result.stat().st_mtime)
@@ -367,7 +390,11 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def main() -> int:
     if sys.argv[1:2] == ["control"]:
         kind, home, trials, slots = sys.argv[2:]
-        control(kind, Home(Path(home)), int(trials), int(slots))
+        try:
+            control(kind, Home(Path(home)), int(trials), int(slots))
+        except CaddieError as error:
+            print(f"{time.time():.2f} {error}", file=sys.stderr)
+            return error.exit_code
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("slurm", "local"))
@@ -376,7 +403,7 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=4.0, help="mean seconds between two faults; 0 for none")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=float, default=7200.0, help="seconds after which it is given up")
-    parser.add_argument("--keep", action="store_true", help="leave the folder for a look")
+    parser.add_argument("--keep", action="store_true", help="leave the folder for a look; the disk is never full")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir="/tmp"))
     cluster = Cluster(folder / "c") if options.kind == "slurm" else None
@@ -384,6 +411,13 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     home = Home(folder / "home")
+    home.root.mkdir()
+    with contextlib.nullcontext() if options.keep else _disk_of_its_own(home.root):
+        return work(options, folder, home, cluster)
+
+
+def work(options: argparse.Namespace, folder: Path, home: Home, cluster: Cluster | None) -> int:
+    """Run a study under faults and print the account."""
     write_plans(home, {"*": {"step_seconds": TRIAL_SECONDS / 4}})
     try:
         if cluster is not None:
@@ -401,6 +435,18 @@ def main() -> int:
         else:
             print(folder, file=sys.stderr)
     return 0
+
+
+@contextlib.contextmanager
+def _disk_of_its_own(folder: Path) -> Iterator[None]:
+    """Within the block the folder is a small file system in memory, where this machine lets us make one."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    is_mounted = shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=False)
 
 
 def _lie(cluster: Cluster, folder: Path, *, enabled: bool) -> None:

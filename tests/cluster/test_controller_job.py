@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +61,6 @@ def test_a_controller_whose_time_is_up_is_followed_by_another_that_repeats_nothi
 
 
 def test_preset_and_candidate_take_turns_within_one_allocation(cluster: Cluster, tmp_path: Path, held: Home) -> None:
-    began = time.time()
     done = caddie(
         "--home", held.root, "run", "smoke", "--interleave", "--set-against=optim.muon_weight_decay=0.05", "--seeds=42,314",
         "--data=small", "--name=ab", "--launcher=slurm", "--gpus=2", "--max-gap=0.9", "--timeout-minutes=5", *AS_ARGUMENTS,
@@ -71,8 +69,7 @@ def test_preset_and_candidate_take_turns_within_one_allocation(cluster: Cluster,
     assert done.returncode == 0, done.stderr
     until(lambda: held.study("ab").report_data.exists(), 400, f"the report: {log(held, 'ab')}")
     until(lambda: not cluster.jobs("running,pending"), 60, "an empty queue")
-    jobs = cluster.ask("sacct", "--noheader", "--allocations", "--parsable2", f"--starttime=@{int(began)}", check=False)
     record = json.loads(held.study("ab").report_data.read_text())
-    assert [(block["seed"], block["first"]) for block in record["blocks"]] == [(42, "preset"), (314, "best")], jobs
+    assert [(block["seed"], block["first"]) for block in record["blocks"]] == [(42, "preset"), (314, "best")]
     assert len({block["node"] for block in record["blocks"]}) == 1
     assert "blocks the candidate scores" in record["claim"] or "No block" in record["claim"]

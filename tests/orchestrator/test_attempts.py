@@ -302,7 +302,9 @@ def test_a_submission_without_an_answer_is_made_again_only_if_the_scheduler_has_
     state = controller(tiny_study(trials=1, confirm=None), home, launcher=launcher, listener=listener).run()
     assert len(launcher.submitted) == 1 and state.trials[0].state == "complete"
     assert [a.number for a in state.attempts.values()] == [1] and launcher.questions > 1
-    assert any("sbatch: Socket timed out; asked again until it answers" in note for note in listener.notes)
+    assert (
+        len([note for note in listener.notes if "sbatch: Socket timed out; asked again until it answers" in note]) == 1
+    )
 
 
 def test_a_job_that_ended_while_nobody_could_ask_is_not_submitted_again(home, monkeypatch):

@@ -442,3 +442,23 @@ def test_a_report_is_against_what_is_asked_for(home: Path, capsys: pytest.Captur
     assert caddie(home, "report", NAME, "--against", "2.9", "--gate", "pg-readme-constant") == 0
     assert "met: pg-readme-constant" in capsys.readouterr().out
     assert caddie(home, "report", NAME, "--against", "nothing") == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--interleave"], ["--against", "pr1326"], ["--interleave", "--max-gap", "0.1"], ["--set-against", "ttt.lr=0.1"]],
+)
+def test_a_comparison_by_turns_needs_both_the_word_and_a_candidate(words, tmp_path, capsys):
+    assert cli.main(["--home", str(tmp_path), "run", "smoke", *words]) == 3
+    told = capsys.readouterr().err
+    assert "--interleave goes with a candidate" in told and "--against pr1326-fisher --interleave" in told
+
+
+def test_a_comparison_by_turns_is_asked_for_with_a_preset_or_with_knobs():
+    words = ["run", "smoke", "--interleave", "--set-against", "ttt.lr=0.01", "--max-gap", "0.05", "--seeds", "1,2"]
+    study = cli.study_of_preset(cli.make_parser().parse_args(words))
+    assert study.candidate_params == {"ttt.lr": 0.01} and study.interleave.max_gap == 0.05
+    study = cli.study_of_preset(
+        cli.make_parser().parse_args(["run", "pr1326", "--interleave", "--against", "pr1326-fisher"])
+    )
+    assert "quant.grid" in study.candidate_params

@@ -48,7 +48,8 @@ def test_a_record_is_a_run_and_its_seeds_are_nested_in_it(home: Home) -> None:
     parent = found[f"import/{NAME}"]
     assert parent.info.run_name == NAME
     assert {run.data.tags.get("mlflow.parentRunId") for run in found.values()} == {None, parent.info.run_id}
-    assert parent.data.metrics["final/bpb"] == 1.08
+    assert parent.data.metrics["final/bpb"] == parent.data.metrics["final/ttt_bpb"] == 1.08
+    assert parent.data.metrics["final/sliding_bpb"] == 1.082
     assert parent.data.tags["record.author"] == "A. Player"
 
 

@@ -13,7 +13,8 @@ from orchestrator import leaderboard
 from orchestrator.cells import as_text
 from orchestrator.gates import load_gates
 from orchestrator.leaderboard import Leaderboard, Row
-from orchestrator.public_record import PublicRecord, read_record
+from orchestrator.public_record import PublicRecord
+from orchestrator.record_folder import read_record
 
 TRACK = "track_10min_16mb"
 

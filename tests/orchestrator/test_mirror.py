@@ -170,7 +170,7 @@ def test_the_views_have_charts_of_metrics_and_knobs_that_are_there(mirrored):
     assert set(together["selectedParams"]) <= set(trial.params)
     assert set(together["selectedMetrics"]) <= set(trial.metrics)
     for view in (trials, curves):
-        sections = {section["uuid"] for section in view["compareRunSections"]}
+        sections = {section["uuid"] for section in view["compareRunSections"] if section["display"]}
         assert {chart["metricSectionId"] for chart in view["compareRunCharts"]} == sections
         uuids = [chart["uuid"] for chart in view["compareRunCharts"]]
         assert len(set(uuids)) == len(uuids)
@@ -180,11 +180,11 @@ def test_descriptions_lead_to_the_best_trial_the_arms_the_report_and_the_files(m
     _, runs = mirrored
     note = runs["study"].data.tags["mlflow.note.content"]
     for key in ("arm/best", "arm/preset"):
-        assert f"/runs/{runs[key].info.run_id})" in note
-    assert f"/runs/{runs['study'].info.run_id}/artifacts/report/report.html)" in note
+        assert f"/runs/{runs[key].info.run_id}?workflowType=machine_learning)" in note
+    assert f"/runs/{runs['study'].info.run_id}/artifacts/report/report.html?" in note
     note = runs["arm/best/seed/42"].data.tags["mlflow.note.content"]
-    assert f"/runs/{runs['arm/best'].info.run_id})" in note
-    assert "/artifacts/result.json)" in note
+    assert f"/runs/{runs['arm/best'].info.run_id}?" in note
+    assert "/artifacts/result.json?" in note
 
 
 def test_what_the_gpus_did_is_on_the_page_of_system_metrics(tmp_path, in_home):
@@ -193,7 +193,9 @@ def test_what_the_gpus_did_is_on_the_page_of_system_metrics(tmp_path, in_home):
     attempt = home.run(run_id).attempt(1)
     for second, load in ((0, 91.0), (10, 97.0)):
         counters = {"utilization_percentage": load, "memory_usage_mebibytes": 61_000.0}
-        protocol.append_line(attempt.system(), {"time": 1_767_225_600.0 + second, "gpus": {"0": counters, "3": counters}})
+        protocol.append_line(
+            attempt.system(), {"time": 1_767_225_600.0 + second, "gpus": {"0": counters, "3": counters}}
+        )
     protocol.append_line(attempt.system(1), {"time": 1_767_225_600.0, "gpus": {"0": {"power_usage_watts": 640.0}}})
     assert Mirror(home).sync(NAME) == []
     run = runs_by_key(home)["arm/best/seed/42"]

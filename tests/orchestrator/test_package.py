@@ -15,7 +15,7 @@ from orchestrator.cli import main
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.package import Submitter, collect, package
-from orchestrator.public_record import read_record
+from orchestrator.record_folder import read_record
 from orchestrator.review import Evaluated, Review
 from trainer import protocol
 from trainer.protocol import RunDir, read_result, read_spec, write_result, write_spec

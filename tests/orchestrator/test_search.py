@@ -290,8 +290,8 @@ def test_importance_is_empty_where_nothing_can_be_said(tmp_path):
 
 
 def test_an_unknown_sampler_is_refused():
-    with pytest.raises(ConfigError, match="sampler 'cmaes' is not known"):
-        sampler_of(study_with(sampler="cmaes"), 1)
+    with pytest.raises(ConfigError, match="sampler 'bayes' is not known"):
+        sampler_of(study_with(sampler="bayes"), 1)
 
 
 def test_the_gaussian_process_says_that_it_needs_torch(monkeypatch):

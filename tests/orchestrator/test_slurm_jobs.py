@@ -140,3 +140,12 @@ def test_questions_are_not_asked_faster_than_one_at_a_time(cluster, table):
     turns(cluster, table, 20)
     assert len(cluster.asked) == 1
     assert slurm_jobs.ASK_SECONDS >= 1
+
+
+def test_another_job_that_had_the_same_id_is_not_taken_for_this_one(cluster, table):
+    """A slurmctld that was killed gives the last ids again, and forgets jobs."""
+    cluster.history = Answer(output="5|caddie.a.b.0.c|COMPLETED|node2\n", errors="", returncode=0)
+    turns(cluster, table, 4)
+    assert table.last(NAME, "5") is None
+    cluster.now += HISTORY_LAG_SECONDS
+    assert table.is_explained(NAME, "5")

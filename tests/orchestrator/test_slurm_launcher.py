@@ -143,7 +143,8 @@ def test_a_cluster_that_names_gpus_otherwise_is_asked_its_way(run, tag, cluster)
         ("SBATCH_PARTITION", (), False),
         ("SBATCH_ACCOUNT", ("partition",), False),
         ("SLURM_CONF", (), False),
-        ("HF_TOKEN", (), False),
+        ("HF_TOKEN", (), True),
+        ("HOME", (), False),
     ],
 )
 def test_a_submission_from_within_a_job_is_not_shaped_by_that_job(name, named, hidden):
@@ -320,7 +321,10 @@ def test_a_job_of_which_nobody_knows_anything_is_gone(run, tag, cluster, monkeyp
     look(one, run, tag)
     assert not one.is_alive(run.attempt(1), tag=tag)
     ending = one.ending(run.attempt(1), tag=tag)
-    assert ending.kind == INFRASTRUCTURE and ending.message.endswith("(Slurm knows no job 41)")
+    assert ending.kind == PREEMPTED and ending.message.endswith("had not begun (Slurm knows no job 41)")
+    claim(run)
+    ending = one.ending(run.attempt(1), tag=tag)
+    assert ending.kind == INFRASTRUCTURE and ending.message.endswith("left no result (Slurm knows no job 41)")
 
 
 def test_another_studys_attempt_is_asked_for_by_its_recorded_name(run, tag, cluster):
@@ -369,7 +373,7 @@ def test_a_second_copy_of_an_attempt_is_cancelled(run, tag, cluster):
     one, _ = submit(run, tag)
     cluster.says("squeue", f"41|{tag}|RUNNING|None|node1\n42|{tag}|RUNNING|None|node2\n")
     look(one, run, tag)
-    assert until_cancelled(cluster, one) == ["scancel 42"]
+    assert until_cancelled(cluster, one) == [f"scancel --name={tag} 42"]
 
 
 def test_of_two_copies_the_one_that_claimed_the_attempt_stays(run, tag, cluster):
@@ -377,7 +381,7 @@ def test_of_two_copies_the_one_that_claimed_the_attempt_stays(run, tag, cluster)
     claim(run, job="42")
     cluster.says("squeue", f"41|{tag}|RUNNING|None|node1\n42|{tag}|RUNNING|None|node2\n")
     look(one, run, tag)
-    assert until_cancelled(cluster, one) == ["scancel 41"]
+    assert until_cancelled(cluster, one) == [f"scancel --name={tag} 41"]
 
 
 def test_a_finished_job_that_slurm_would_run_again_is_cancelled(run, tag, cluster):
@@ -387,7 +391,7 @@ def test_a_finished_job_that_slurm_would_run_again_is_cancelled(run, tag, cluste
         "squeue", f"39|{ended}|PENDING|BeginTime|\n40|{NAMES.tag('bb', 1)}|RUNNING|None|n\n38|{foreign}|PENDING|x|\n"
     )
     look(one, run, tag)
-    assert until_cancelled(cluster, one) == ["scancel 39"], "one that runs may be about to leave"
+    assert until_cancelled(cluster, one) == [f"scancel --name={ended} 39"], "one that runs may be about to leave"
 
 
 @pytest.mark.parametrize("why", ["stop", "launch"])
@@ -398,7 +402,7 @@ def test_a_waiting_job_that_is_not_wanted_or_cannot_start_is_cancelled(run, tag,
         run.attempt(1).stop.touch()
     cluster.says("squeue", f"41|{tag}|PENDING|{reason}|\n")
     look(one, run, tag)
-    assert until_cancelled(cluster, one) == ["scancel 41"]
+    assert until_cancelled(cluster, one) == [f"scancel --name={tag} 41"]
 
 
 def test_people_are_told_once_that_jobs_wait_for_what_may_never_come(run, tag, cluster):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 
 import pytest
 from fakes import FAKE_BUNDLE
@@ -6,12 +7,15 @@ from make_verified import data_of, make_run
 
 from orchestrator import cli, preflight, source_run, worker
 from orchestrator.errors import ConfigError
+from orchestrator.family import family_of
 from orchestrator.home import Home
+from orchestrator.ledger import Ledger
 from orchestrator.runs import RunRequest, RunStore
+from orchestrator.source_run import Sources
 from orchestrator.study import parse_study, record_study
 from trainer import protocol
-from trainer.config import knob_value, with_knobs
-from trainer.protocol import read_spec, sha256_of
+from trainer.config import from_mapping, knob_value, with_knobs
+from trainer.protocol import ARTIFACT, WEIGHTS, read_spec, sha256_of
 
 KNOBS = {"ttt.lr": 0.01, "optim.matrix_lr": 0.03}
 
@@ -52,7 +56,9 @@ def test_a_run_of_another_home_is_refused(tmp_path, run):
         source_run.find(other, str(run.root))
 
 
-@pytest.mark.parametrize("knob", ["ttt.epochs", "ttt.lora_rank", "evaluation.stride"])
+@pytest.mark.parametrize(
+    "knob", ["ttt.epochs", "ttt.lora_rank", "evaluation.stride", "quant.mlp_bits", "limits.artifact_bytes"]
+)
 def test_knobs_of_scoring_may_differ(home, run, knob):
     source = source_run.find(home, run.run_id)
     config = with_knobs(source.config, {knob: 2})
@@ -68,20 +74,22 @@ def test_that_a_trial_could_have_been_resumed_is_no_difference_of_what_is_scored
 
 def test_any_other_knob_and_other_data_are_refused_with_both_values(home, run):
     source = source_run.find(home, run.run_id)
-    config = with_knobs(source.config, {"optim.matrix_lr": 0.05, "quant.mlp_bits": 5, "ttt.lr": 0.5})
+    config = with_knobs(source.config, {"optim.matrix_lr": 0.05, "data.order_seed": 5, "ttt.lr": 0.5})
     with pytest.raises(ConfigError) as caught:
         source_run.require_scorable(source, config, source.spec.manifest_sha256)
-    assert "optim.matrix_lr is 0.05, there 0.03, quant.mlp_bits is 5, there 6" in str(caught.value)
+    changes = str(caught.value).rpartition(";")[2]
+    assert set(changes.strip().split(", there")) & {"optim.matrix_lr is 0.05", "data.order_seed is 5"}
+    assert "data.order_seed is 5, there -1" in changes and "optim.matrix_lr is 0.05, there 0.03" in changes
     assert "ttt.lr" not in str(caught.value).partition(";")[2]
     with pytest.raises(ConfigError, match="was made with another data set"):
         source_run.require_scorable(source, source.config, "0" * 64)
 
 
-def request_of(found, **changes):
+def request_of(found, config=None, **changes):
+    taken = Sources((found,)).taken(config or found.config, found.spec.seed)
     return RunRequest(**{
-        "preset": "smoke", "config": found.config, "seed": found.spec.seed, "data_dir": found.spec.data_dir,
-        "manifest_sha256": found.spec.manifest_sha256, "source": found.spec.run_id,
-        "source_sha256": found.artifact_sha256, **changes,
+        "preset": "smoke", "config": config or found.config, "seed": found.spec.seed, "data_dir": found.spec.data_dir,
+        "manifest_sha256": found.spec.manifest_sha256, **taken, **changes,
     })  # fmt: skip
 
 
@@ -106,6 +114,159 @@ def test_a_job_whose_source_was_changed_is_not_started(home, run):
     result = protocol.read_result(attempt.result)
     assert result.status == protocol.FAILED
     assert f"{planned.source}: its SHA-256 is" in result.failure.message
+
+
+def with_weights(run, content=b"float weights"):
+    """The same run with the weights that its training left."""
+    run.weights.parent.mkdir()
+    run.weights.write_bytes(content)
+    return run
+
+
+def test_a_knob_of_the_quantiser_takes_the_weights_and_any_other_the_model_file(home, run):
+    source = source_run.find(home, with_weights(run).run_id)
+    parts = {
+        knob: source.part_for(with_knobs(source.config, {knob: value}))
+        for knob, value in {
+            "ttt.lr": 0.5, "evaluation.stride": 32, "quant.mlp_bits": 5, "quant.method": "rtn",
+            "limits.artifact_bytes": 30_000, "ttt.before_quantization": True,
+        }.items()
+    }  # fmt: skip
+    assert parts == {
+        "ttt.lr": ARTIFACT, "evaluation.stride": ARTIFACT, "quant.mlp_bits": WEIGHTS, "quant.method": WEIGHTS,
+        "limits.artifact_bytes": WEIGHTS, "ttt.before_quantization": WEIGHTS,
+    }  # fmt: skip
+    coarser = with_knobs(source.config, {"quant.mlp_bits": 5})
+    planned = RunStore(home).plan(request_of(source, coarser), bundle=FAKE_BUNDLE, code={})
+    spec = read_spec(planned.spec)
+    assert (spec.source_part, spec.source_sha256) == (WEIGHTS, sha256_of(run.weights))
+    assert planned.source.samefile(run.weights)  # a second name, no second copy
+
+
+def test_a_source_is_copied_where_the_file_system_has_no_second_name_for_it(home, run, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    planned = RunStore(home).plan(request_of(source_run.find(home, run.run_id)), bundle=FAKE_BUNDLE, code={})
+    assert planned.source.read_bytes() == run.artifact.read_bytes()
+    assert not planned.source.samefile(run.artifact)
+
+
+def test_what_a_killed_controller_left_of_a_plan_is_planned_again(home, run):
+    request = request_of(source_run.find(home, run.run_id))
+    planned = RunStore(home).plan(request, bundle=FAKE_BUNDLE, code={})
+    planned.spec.unlink()
+    assert RunStore(home).plan(request, bundle=FAKE_BUNDLE, code={}).spec.exists()
+    assert sha256_of(planned.source) == read_spec(planned.spec).source_sha256
+
+
+def test_a_run_without_weights_cannot_be_quantised_anew_and_its_own_source_is_named(home, run):
+    source = source_run.find(home, run.run_id)
+    coarser = with_knobs(source.config, {"quant.mlp_bits": 5})
+    with pytest.raises(ConfigError, match="has no trained weights that could be quantised anew: .* is missing"):
+        Sources((source,)).taken(coarser, 7)
+    source = dataclasses.replace(source, spec=dataclasses.replace(source.spec, source="aa11"))
+    with pytest.raises(ConfigError) as caught:
+        Sources((source,)).taken(coarser, 7)
+    assert caught.value.hint == "it took them from run aa11: name that one"
+
+
+def test_a_model_that_learned_beforehand_is_no_source(home, run):
+    source = source_run.find(home, run.run_id)
+    spoilt = dataclasses.replace(source, config=with_knobs(source.config, {"ttt.before_quantization": True}))
+    with pytest.raises(ConfigError, match="learned the validation split before it was quantised"):
+        source_run.require_scorable(spoilt, source.config, source.spec.manifest_sha256)
+
+
+# ── several runs, one a seed ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def three(run):
+    """Runs of seeds 7, 8 and 9."""
+    return [run, *(sibling(run, seed) for seed in (8, 9))]
+
+
+def sibling(run, seed):
+    """A complete run of the same configuration with another seed, and a model file of its own."""
+    store, spec = RunStore(Home(run.root.parents[1])), read_spec(run.spec)
+    request = RunRequest(
+        preset=spec.preset, config=from_mapping(spec.config), seed=seed, data_dir=spec.data_dir,
+        manifest_sha256=spec.manifest_sha256,
+    )  # fmt: skip
+    other = store.plan(request, bundle=run.bundle.read_bytes(), code={})
+    other.artifact.write_bytes(run.artifact.read_bytes() + bytes([seed]))
+    result = protocol.read_result(run.attempt(1).result)
+    changes = {"run_id": other.run_id, "seed": seed, "artifact_sha256": sha256_of(other.artifact)}
+    protocol.write_result(other.attempt(1).result, dataclasses.replace(result, **changes))
+    return other
+
+
+def listed(runs):
+    return ", ".join(f'"{run.run_id}"' for run in runs)
+
+
+def test_a_study_of_several_runs_has_their_seeds_and_each_seed_its_own_run(home, run, three):
+    text = study_text(run, extra="[confirm]").replace(f'"{run.run_id}"', f"[{listed(three)}]")
+    study = source_run.bound(home, parse_study(text))
+    assert (study.search.seeds, study.confirm.seeds) == ((7, 8, 9), (7, 8, 9))
+    sources = source_run.sources_of(home, study)
+    taken = {seed: sources.taken(study.config, seed) for seed in study.search.seeds}
+    assert {seed: found["source"] for seed, found in taken.items()} == dict(
+        zip((7, 8, 9), (found.run_id for found in three), strict=True)
+    )
+    assert len({found["source_sha256"] for found in taken.values()}) == 3
+
+
+def test_seeds_that_are_named_must_be_those_of_the_runs(home, run, three):
+    text = study_text(run, extra="seeds = [7, 5]").replace(f'"{run.run_id}"', f"[{listed(three)}]")
+    with pytest.raises(
+        ConfigError, match=r"seeds \[5\] are of none of the runs in `from`, whose seeds are \[7, 8, 9\]"
+    ):
+        source_run.bound(home, parse_study(text))
+    fewer = parse_study(text.replace("[7, 5]", "[7, 9]"))
+    assert source_run.bound(home, fewer).search.seeds == (7, 9)
+
+
+def test_two_runs_of_one_seed_are_refused(home, run):
+    again = sibling(run, 7)  # the very run
+    with pytest.raises(ConfigError, match="are both of seed 7"):
+        source_run.find_all(home, [run.run_id, again.run_id])
+
+
+def test_a_study_stands_for_the_runs_of_its_arm(home, run, three):
+    ledger = Ledger(home.study("base").ledger)
+    ledger.append(
+        "arm_asked",
+        arm="preset",
+        trial=0,
+        params={},
+        runs={found: r.run_id for found, r in zip((7, 8, 9), three, strict=True)},
+    )
+    assert source_run.find_all(home, ["base"]).seeds == (7, 8, 9)
+    assert source_run.find_all(home, ["base:preset"]).seeds == (7, 8, 9)
+    with pytest.raises(ConfigError, match="from: study 'base' has no arm 'best'") as caught:
+        source_run.find_all(home, ["base:best"])
+    assert "preset" in caught.value.hint
+
+
+def test_a_source_that_is_neither_run_nor_study_is_answered_with_both(home, run):
+    Ledger(home.study("begun").ledger).append("opened", source="", digest="", caddie="0")
+    with pytest.raises(ConfigError, match="from: there is no run 'bse' .*, nor a study of that name") as caught:
+        source_run.find_all(home, ["bse"])
+    assert "studies: begun" in caught.value.hint and run.run_id in caught.value.hint
+    with pytest.raises(ConfigError, match="study 'begun' has confirmed nothing yet"):
+        source_run.find_all(home, ["begun"])
+
+
+def test_runs_of_one_configuration_are_one_family_whichever_model_each_takes(home, run, three):
+    specs = []
+    for found in three:
+        source = source_run.find(home, found.run_id)
+        specs.append(read_spec(RunStore(home).plan(request_of(source), bundle=FAKE_BUNDLE, code={}).spec))
+    assert len({family_of(spec) for spec in specs}) == 1
+    assert family_of(specs[0]) != family_of(read_spec(run.spec))  # which was trained
 
 
 def study_text(run, *, space="ttt.lr", objective="ttt", extra=""):
@@ -133,8 +294,8 @@ objective = "{objective}"
 
 def test_a_study_can_search_over_the_scoring_of_one_run(run):
     study = parse_study(study_text(run))
-    assert study.from_run == run.run_id
-    source = source_run.find(Home(run.root.parents[1]), study.from_run)
+    assert study.from_runs == (run.run_id,)
+    source = source_run.find(Home(run.root.parents[1]), *study.from_runs)
     source_run.require_scorable(source, study.config, source.spec.manifest_sha256)
 
 
@@ -151,23 +312,31 @@ def test_a_study_of_one_run_cannot_ask_for_training(run, changes, message):
         parse_study(study_text(run, **changes))
 
 
-def test_a_study_s_source_is_a_text(run):
-    with pytest.raises(ConfigError, match="from must be the id of a run in quotes, got 7"):
-        parse_study(study_text(run).replace(f'"{run.run_id}"', "7"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("7", "from must be the id of a run or the name of a study in quotes, or a list of these, got 7"),
+        ('["a", 7]', r"or a list of these, got \['a', 7\]"),
+        ('["a", "a"]', "from names a run twice"),
+    ],
+)
+def test_a_study_s_sources_are_texts_and_each_named_once(run, text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_study(study_text(run).replace(f'"{run.run_id}"', text))
 
 
 def test_the_check_before_a_study_compares_it_with_its_source(home, run, monkeypatch):
     monkeypatch.setattr(preflight.datasets, "require_sound", lambda _: None)  # the data are made up
     assert preflight.check(parse_study(study_text(run)), home).root == data_of(run).root
     other = study_text(run).replace("0.03", "0.02")
-    with pytest.raises(ConfigError, match="only ttt. and evaluation.* may differ; optim.matrix_lr is 0.02, there 0.03"):
+    with pytest.raises(ConfigError, match=r"only ttt.\*, .* may differ; optim.matrix_lr is 0.02, there 0.03"):
         preflight.check(parse_study(other), home)
 
 
 def test_a_record_from_a_run_has_a_name_of_its_own_and_keeps_its_source():
     ask = {"data": "d", "seeds": (7,), "knobs": {"ttt.lr": 0.005}}
-    plain, scored, other = (record_study("smoke", **ask, from_run=run) for run in ("", "abc", "abd"))
-    assert (plain.from_run, scored.from_run) == ("", "abc")
+    plain, scored, other = (record_study("smoke", **ask, from_runs=runs) for runs in ((), ("abc",), ("abd", "abe")))
+    assert (plain.from_runs, scored.from_runs, other.from_runs) == ((), ("abc",), ("abd", "abe"))
     assert len({plain.name, scored.name, other.name}) == 3
     assert scored.question == "What does run abc score on seeds 7?"
 
@@ -179,7 +348,7 @@ def command_line(home, *arguments):
 def test_the_command_takes_data_seed_preset_and_knobs_from_the_run(home, run):
     arguments = command_line(home, "--from", run.run_id[:8], "--set", "ttt.lr=0.5", "--set", "ttt.method=lora")
     study = cli.study_from_run(arguments, home)
-    assert (study.preset, study.from_run, study.confirm.seeds) == ("smoke", run.run_id, (7,))
+    assert (study.preset, study.from_runs, study.confirm.seeds) == ("smoke", (run.run_id,), (7,))
     assert study.data == str(data_of(run).root)
     assert knob_value(study.config, "optim.matrix_lr") == 0.03
     assert (knob_value(study.config, "ttt.lr"), knob_value(study.config, "ttt.method")) == (0.5, "lora")
@@ -200,5 +369,5 @@ def test_a_knob_of_training_is_refused_before_anything_is_planned(home, run, cap
     before = RunStore(home).ids()
     code = cli.main(["--home", str(home.root), "run", "--from", run.run_id, "--set", "optim.matrix_lr=0.5"])
     assert code == ConfigError.exit_code
-    assert "only ttt. and evaluation.* may differ; optim.matrix_lr is 0.5, there 0.03" in capsys.readouterr().err
+    assert "limits.artifact_bytes may differ; optim.matrix_lr is 0.5, there 0.03" in capsys.readouterr().err
     assert RunStore(home).ids() == before

@@ -7,7 +7,8 @@ import pytest
 from make_public import CODE, MODEL, SP1024, colon_log, make_folder, score_line, seed_results, short_log, slash_log
 
 from orchestrator.errors import ConfigError
-from orchestrator.public_record import PublicRecord, find_records, read_record, scored_arm
+from orchestrator.public_record import PublicRecord, scored_arm
+from orchestrator.record_folder import find_records, read_record
 from trainer.protocol import ROUNDTRIP, SLIDING, TTT
 
 
