@@ -1,4 +1,4 @@
-"""Prints the requirements of the named extras of pyproject.toml, a line each: what an image installs is said there once."""
+"""Writes the requirements of the named extras of pyproject.toml, a line each: what an image installs is said there once."""
 
 import sys
 import tomllib
@@ -14,4 +14,4 @@ def requirements_of(extras: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(requirements_of(sys.argv[1:])))
+    sys.stdout.write("\n".join(requirements_of(sys.argv[1:])) + "\n")

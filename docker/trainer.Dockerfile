@@ -29,21 +29,22 @@ RUN groupadd --gid "${CADDIE_UID}" caddie \
     && install --directory --owner=caddie --group=caddie /srv/caddie
 ENV CADDIE_HOME=/srv/caddie
 
-# A node of the cluster: the trainer, Slurm's daemons, and the worker, which is all that a job needs of the orchestrator.
+# A node of the cluster: the trainer, Slurm's daemons, and of the orchestrator what runs there: the worker, `data`, `verify`,
+# `audit`. No search, no MLflow.
 FROM environment AS node
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends munge slurm-client slurmctld slurmd \
     && rm -rf /var/lib/apt/lists/* /etc/munge/munge.key \
     && install --directory --owner=munge --group=munge /run/munge
-RUN grep '^submitit==' /opt/caddie/source/constraints.txt > /opt/caddie/worker.txt \
+RUN grep -E '^(huggingface_hub|submitit)==' /opt/caddie/source/constraints.txt > /opt/caddie/worker.txt \
     && /opt/caddie/venv/bin/pip install --no-cache-dir -c /opt/caddie/source/constraints.txt -r /opt/caddie/worker.txt
 COPY README.md LICENSE /opt/caddie/source/
 COPY orchestrator /opt/caddie/source/orchestrator
 COPY studies /opt/caddie/source/studies
 COPY trainer /opt/caddie/source/trainer
 RUN /opt/caddie/venv/bin/pip install --no-cache-dir --no-deps /opt/caddie/source
-COPY docker/slurm.conf /usr/local/share/caddie/
+COPY docker/slurm.conf docker/cgroup.conf /usr/local/share/caddie/
 COPY --chmod=755 docker/start-munge docker/start-slurm /usr/local/bin/
 # slurmd starts each job as the user who asked for it, and needs root to do so.
 # hadolint ignore=DL3002

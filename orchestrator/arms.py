@@ -91,7 +91,9 @@ def study_arm(
     name = f"{evidence.study.name}:{chosen}"
     runs = owners[chosen]
     relatives = families(home, [run.run_id for run in runs])[0] if family is None else family
-    return scored_arm(name, runs, relatives, stage=stage or evidence.objective, apart=apart)
+    cell = evidence.arm(chosen)
+    stage = stage or (evidence.stage_of(cell) if cell else evidence.objective)
+    return scored_arm(name, runs, relatives, stage=stage, apart=apart)
 
 
 def scored_arm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from orchestrator import bundle, datasets, preflight, replay, script_check, slurm, source_run
+from orchestrator import bundle, datasets, preflight, replay, script_check, search_view, slurm, source_run
 from orchestrator.background_mirror import BackgroundMirror
 from orchestrator.bundle_store import BundleStore
 from orchestrator.contest import baseline_of
@@ -65,13 +65,16 @@ def _controller(study: Study, home: Home) -> Controller:
     data = preflight.check(study, home)
     launcher, slots = _launcher(study, home)
     sources = source_run.sources_of(home, study)
+    progress = Progress(study, RunStore(home))
     if study.script and study.resources.preflight and not home.study(study.name).ledger.exists():
-        script_check.prove(study, home)
+        for line in script_check.as_lines(script_check.prove(study, home)):
+            progress.note(line)
     pack = study.script.pack if study.script else BundleStore(home).build
-    search = Search(study, home.study(study.name).optuna_journal)
+    search = Search(study, home.study(study.name).optuna_journal, url=search_view.address())
+    search.view.note = progress.note
     return Controller(
         study, home, launcher=launcher, search=search, pack=pack, code=bundle.code_state(), data_dir=data.root,
-        manifest_sha256=data.manifest_sha256, progress=Progress(study, RunStore(home)),
+        manifest_sha256=data.manifest_sha256, progress=progress,
         mirror=BackgroundMirror(home, study.name), slots=slots, sources=sources, baseline=baseline_of(home, study.confirm),
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator import clean_room
 from orchestrator.clean_room import Evaluation
 from orchestrator.datasets import PreparedData, manifest_of
-from orchestrator.errors import CaddieError, ProtocolError
+from orchestrator.errors import CaddieError, ConfigError, ProtocolError
 from orchestrator.runs import RunRequest, run_id_of
 from trainer import protocol
 from trainer.config import Config, from_mapping
@@ -253,6 +253,10 @@ def read_plan(path: Path) -> tuple[Spec, Config]:
     """The spec and its configuration; raises ProtocolError, ConfigError, FileNotFoundError."""
     spec = protocol.read_spec(path)
     protocol.require_types(spec, path)
+    if spec.script:
+        raise ConfigError(
+            f"{path}: the run is of somebody else's script, {spec.script}; runs of our own trainer are checked so"
+        )
     try:
         return spec, from_mapping(spec.config)
     except (TypeError, AttributeError) as error:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.leaderboard import Leaderboard
     from orchestrator.report import Report
     from orchestrator.review import Review
+    from orchestrator.script import Script
     from orchestrator.study import Study
 
 RECORD_SEEDS = "42,314,999"  # the challenge's usual three
@@ -96,20 +97,28 @@ def study_check(arguments: argparse.Namespace, home: Home) -> int:
 
     study = source_run.bound(home, load_study(arguments.file))
     data = preflight.check(study, home)
+    warnings, heeded = study.warnings(), []
+    if study.script:
+        from orchestrator import script_check
+
+        warnings += script_check.warnings(study)
+        heeded = script_check.prove(study, home)
     planned = plan.plan(study, home, slots=plan.slots_of(study))
     found = {
         "name": study.name, "question": study.question, "preset": study.preset, "data": str(data.root),
         "knobs": list(study.space), "trials": study.search.trials, "cells": [cell.name for cell in study.cells],
         "seeds": study.confirm.seeds if study.confirm else study.search.seeds, "runs_at_most": preflight.runs_of(study),
-        "warnings": study.warnings(), "plan": plan.as_record(planned),
+        "warnings": warnings, "plan": plan.as_record(planned), "variables": [dataclasses.asdict(one) for one in heeded],
     }  # fmt: skip
     if arguments.json:
         show_json(found)
     else:
         print(f"{study.name}: sound; {study.plan_text()}")
         print(f"at most {found['runs_at_most']} runs of {study.preset} on {data.root}")
+        for one in heeded:
+            print(f"env.{one.name}: {one.status}, {one.found}")
         print(plan.as_text(planned))
-        warn(study.warnings())
+        warn(warnings)
     return 0
 
 
@@ -187,8 +196,66 @@ def costs(arguments: argparse.Namespace, home: Home) -> int:
 
 
 def run(arguments: argparse.Namespace, home: Home) -> int:
+    if is_beside_record(arguments):
+        require_record(arguments.against, home)
     study = study_from_run(arguments, home) if arguments.from_run else study_of_preset(arguments)
     return carry_out(study, arguments, home)
+
+
+def replay(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import replay as replays
+    from orchestrator.record_folder import is_record
+    from orchestrator.script import read_script
+
+    script = read_script(arguments.script)
+    if arguments.look:
+        return show_script(script, replays.describe(script), has_json=arguments.json)
+    if arguments.against is None and is_record(script.path.parent):
+        arguments.against = str(script.path.parent)
+    settings = replays.variables(parse_pairs(arguments.set))
+    stage, logged = claim_of(arguments, script, home)
+    missing = {f"env.{name}": text for name, text in logged.items() if f"env.{name}" not in settings}
+    if missing and not arguments.as_logged:
+        told = ", ".join(f"{knob.removeprefix('env.')}={text}" for knob, text in missing.items())
+        warn([f"the record's logs have {told}, which are not the script's defaults: --as-logged takes them"])
+    study = replays.replay_study(
+        script.path, data=arguments.data or datasets.PYDOC, seeds=parse_seeds(arguments.seeds or RECORD_SEEDS),
+        settings={**(missing if arguments.as_logged else {}), **settings}, resources=resources_of(arguments),
+        name=arguments.name, stage=arguments.stage or stage, home=home,
+    )  # fmt: skip
+    return carry_out(study, arguments, home)
+
+
+def claim_of(arguments: argparse.Namespace, script: Script, home: Home) -> tuple[str, dict[str, str]]:
+    """The stage that the record beside a script was submitted by, empty where it is not known, and the settings that its
+    logs have otherwise than the script."""
+    from orchestrator import reproduction
+    from orchestrator.replay import as_logged
+
+    if not arguments.against:
+        return "", {}
+    record = reproduction.find_record(home, arguments.against).record
+    return (record.stage if record.stage in STAGES else ""), as_logged(script, record)
+
+
+def show_script(script: Script, rows: Sequence[tuple[str, str, str, str]], *, has_json: bool) -> int:
+    """What a script looks at, by its text."""
+    from orchestrator.cells import Table, as_text
+
+    if has_json:
+        keys = ("name", "kind", "default", "setting")
+        show_json({
+            "script": str(script.path), "sha256": script.sha256, "bytes": len(script.content), "stages": script.stages,
+            "is_opaque": script.is_opaque, "variables": [dict(zip(keys, row, strict=True)) for row in rows],
+        })  # fmt: skip
+        return 0
+    columns = ("Variable", "Type", "Default", "Setting")
+    print(as_text(Table(title=f"What {script.name} looks at", columns=columns, rows=tuple(rows))))
+    print(
+        f"\n{len(script.content):,} bytes; it can print the stages {', '.join(script.stages) or 'of no label that is known'}"
+    )
+    warn(["its text does not show all that it looks at; its reads are traced as it runs"] if script.is_opaque else [])
+    return 0
 
 
 def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
@@ -199,6 +266,10 @@ def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
     role, files = detach.take_role(), home.study(study.name)
     study = source_run.bound(home, study)
     warn(study.warnings())
+    if study.script:
+        from orchestrator import script_check
+
+        warn(script_check.warnings(study))
     if study.interleave is not None and study.resources.launcher == SLURM:
         if role != detach.JOB:
             return queue_controller(study, arguments, home, options=controller_job.allocation_of(study))
@@ -208,10 +279,10 @@ def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
     if not role and arguments.detach:
         return show_started(detach.start(files, arguments.words), study, home)
     if role != detach.JOB:
-        return show_outcome(assembly.run_study(study, home), home)
+        return show_beside(assembly.run_study(study, home), arguments, home)
     with controller_job.succeeded(files, os.environ["SLURM_JOB_ID"]):
         outcome = assembly.run_study(study, home, patience_seconds=controller_job.PATIENCE_SECONDS)
-    return show_outcome(outcome, home)
+    return show_beside(outcome, arguments, home)
 
 
 def queue_controller(study: Study, arguments: argparse.Namespace, home: Home, *, options: Sequence[str] = ()) -> int:
@@ -257,8 +328,9 @@ def study_of_preset(arguments: argparse.Namespace) -> Study:
 
 def interleave_of(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """The table [interleave] that the arguments ask for; None where no candidate is named. Raises ConfigError."""
+    against = None if is_beside_record(arguments) else arguments.against
     entries = {
-        "against": named_preset(arguments.against) if arguments.against else None,
+        "against": named_preset(against) if against else None,
         "set": parse_settings(arguments.set_against) or None, "max_gap": arguments.max_gap, "throughput": arguments.throughput,
     }  # fmt: skip
     given = {name: value for name, value in entries.items() if value is not None}
@@ -513,6 +585,28 @@ def parse_settings(assignments: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def parse_pairs(assignments: Sequence[str]) -> dict[str, str]:
+    """Names and texts from `MUON_WD=0.09`; raises ConfigError."""
+    pairs = [assignment.partition("=") for assignment in assignments]
+    for name, equals, text in pairs:
+        if not equals or not name:
+            raise ConfigError(f"--set must be NAME=VALUE, got {name + equals + text!r}", hint="--set MUON_WD=0.09")
+    return {name: text for name, _, text in pairs}
+
+
+def require_record(text: str, home: Home) -> None:
+    """Raise ConfigError before anything is run where --against names no public record."""
+    from orchestrator import reproduction
+
+    try:
+        reproduction.find_record(home, text)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--against must name a public record: {error}",
+            hint=f"{error.hint}; a preset is run beside another with --interleave",
+        ) from error
+
+
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     """sbatch's options from `mem=0` and `overcommit`."""
     pairs = [assignment.removeprefix("--").partition("=") for assignment in assignments]
@@ -548,6 +642,23 @@ def show_splits(outcome: dict[str, Any]) -> None:
         )
     for note in outcome.get("notes", []):
         print(f"note: {note}", file=sys.stderr)
+
+
+def show_beside(outcome: Outcome, arguments: argparse.Namespace, home: Home) -> int:
+    """An outcome, and the public record that it was to be compared with, where one was named."""
+    code = show_outcome(outcome, home)
+    if is_beside_record(arguments):
+        from orchestrator import reproduction
+
+        study = outcome.report.evidence.study.name
+        found = reproduction.reproduce(home, study, reproduction.find_record(home, arguments.against))
+        print(f"\n{reproduction.as_lines(found)}\n\nbeside the record   {home.study(study).reproduction_text}")
+    return code
+
+
+def is_beside_record(arguments: argparse.Namespace) -> bool:
+    """Whether --against names a public record; with --interleave it names a preset."""
+    return bool(getattr(arguments, "against", None)) and not getattr(arguments, "interleave", False)
 
 
 def show_outcome(outcome: Outcome, home: Home) -> int:
@@ -635,6 +746,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_study(commands)
     _add_run(commands)
+    _add_replay(commands)
     _add_views(commands)
     return top
 
@@ -791,13 +903,55 @@ def _add_run(top: Adder) -> None:
     _add_controller(parser)
 
 
+def _add_replay(top: Adder) -> None:
+    parser = top.add(
+        "replay", replay, "somebody's own script as a record attempt, its numbers beside its folder's claim",
+        "caddie replay parameter-golf/records/track_10min_16mb/2026-03-17_NaiveBaseline --data fineweb-sp1024 --gpus 8",
+    )  # fmt: skip
+    parser.add_argument("script", type=Path, metavar="SCRIPT|DIR", help="a script, or a folder with a train_gpt.py")
+    parser.add_argument("--look", action="store_true", help="only tell which variables it looks at, by its text")
+    parser.add_argument("--seeds", metavar="N,N,N", help=f"default: {RECORD_SEEDS}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="set a variable (MUON_WD=0.09), or a limit of the orchestrator's (limits.eval_seconds=600); may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--as-logged",
+        action="store_true",
+        help="take the settings that the record's logs have otherwise than the script",
+    )
+    parser.add_argument(
+        "--data", metavar="NAME|DIR",
+        help=f"data set, or a folder that has datasets/ and tokenizers/ as the challenge lays them out (default: {datasets.PYDOC})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stage", choices=STAGES, help="take the score at this stage (default: the claim's, else the last in its text)"
+    )
+    parser.add_argument(
+        "--against", metavar="DIR", help="compare with this record (default: the one of the script's own folder)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=0, metavar="N", help="GPUs of one run, under torchrun; 0 runs on the CPU"
+    )
+    parser.add_argument("--slots", type=int, metavar="N", help="runs at a time on the CPU; in Slurm jobs at a time")
+    parser.add_argument("--timeout-minutes", type=float, metavar="MINUTES", help="end an attempt after this")
+    _add_cluster(parser)
+    parser.add_argument("--name", help="name of the record (default: from what is asked)")
+    _add_controller(parser)
+    _add_json(parser)
+
+
 def _add_interleave(parser: argparse.ArgumentParser) -> None:
     """A candidate beside the preset."""
     group = parser.add_argument_group("beside another configuration, by turns on one node")
     group.add_argument(
         "--interleave", action="store_true", help="run preset and candidate by turns, seed by seed, ABBA"
     )
-    group.add_argument("--against", metavar="PRESET", help="the candidate: a preset, or a TOML file")
+    group.add_argument(
+        "--against", metavar="PRESET|DIR",
+        help="with --interleave the candidate, a preset or a TOML file; without it a public record, by its folder or as it was "
+        "imported: its numbers are put beside the run's",
+    )  # fmt: skip
     group.add_argument(
         "--set-against", action="append", default=[], metavar="KNOB=VALUE", help="change a knob of the candidate alone"
     )

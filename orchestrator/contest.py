@@ -110,7 +110,7 @@ def claim(found: Contest) -> str:
         return f"The race of {found.candidate} against {found.baseline} is open: it has too few scores."
     last = looks[-1]
     by = f" by more than {rules.margin:g} bits per byte" if rules.margin else ""
-    error = f"the chance of a wrong claim is at most {rules.alpha:g} over all {len(looks)} looks together"
+    error = f"the chance of a wrong claim is at most {rules.alpha:g} over all looks together"
     head = f"After {last.seeds} of {found.race.planned} seeds ({signed(last.difference)})"
     sentences = {
         BETTER: f"{head}, {found.candidate} is better than {found.baseline}{by}: {error}.",
@@ -119,7 +119,7 @@ def claim(found: Contest) -> str:
         f"seeds would probably not show it (chance {last.chance or 0:.0%}).",
         OPEN: f"{head}, it is open whether {found.candidate} is better than {found.baseline}{by}: within noise.",
     }
-    saved = f" {found.saved_runs} runs and {found.saved_gpu_hours:.2f} GPU-hours fewer than with all {found.race.planned} seeds."
+    saved = f" That saved {found.saved_runs} runs and {found.saved_gpu_hours:.2f} GPU-hours against all {found.race.planned} seeds."
     return sentences[last.verdict] + (saved if found.saved_runs else "")
 
 

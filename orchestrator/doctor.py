@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
+import pwd
 import re
+import shlex
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -213,6 +217,13 @@ def home_directory(home: Home) -> Finding:
             remedy=error.hint or "set CADDIE_HOME to a directory of your own",
         )
     found = f"{home.root}, {free:,} bytes free"
+    if _others_may_write(home.root):
+        return Finding(
+            name="CADDIE_HOME",
+            status=WARN,
+            found=f"{home.root}: others may write to it, and so run programs as you, since jobs start what lies there",
+            remedy=f"chmod go-w {shlex.quote(str(home.root))}",
+        )
     if free < LEAST_FREE_BYTES:
         return Finding(
             name="CADDIE_HOME",
@@ -221,6 +232,16 @@ def home_directory(home: Home) -> Finding:
             remedy="free some space, or set CADDIE_HOME to a larger disk",
         )
     return Finding(name="CADDIE_HOME", status=OK, found=found)
+
+
+def _others_may_write(folder: Path) -> bool:
+    """Whether somebody but its owner may; a group that has its owner's name is the owner's alone, as Debian makes them."""
+    seen = folder.stat()
+    try:
+        is_own_group = grp.getgrgid(seen.st_gid).gr_name == pwd.getpwuid(seen.st_uid).pw_name
+    except KeyError:
+        is_own_group = False
+    return bool(seen.st_mode & (stat.S_IWOTH if is_own_group else stat.S_IWOTH | stat.S_IWGRP))
 
 
 def cores_and_memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:

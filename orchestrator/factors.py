@@ -91,7 +91,12 @@ def _factor(name: str, levels: Any, config: Config) -> Factor:
                 f"[factors.{name}.{level}] must be a table of knobs, got {params!r}",
                 hint=f'[factors.{name}.{level}] and below it "ttt.lr" = 0.002, say',
             )
-        for knob in params:
+        for knob, value in params.items():
+            if isinstance(value, Mapping):
+                raise ConfigError(
+                    f"[factors.{name}.{level}] must hold knobs, got a table {knob!r}",
+                    hint=f'a name with a dot stands in quotes: [factors.{name}."{level}.{knob}"]',
+                )
             knob_value(config, knob)  # refuses an unknown knob with the nearest name
     return Factor(name=name, levels={level: dict(params) for level, params in levels.items()})
 

@@ -210,7 +210,7 @@ def _row(contrast: Contrast) -> tuple[str, ...]:
 def claim(evidence: Evidence) -> str:
     """What the cells show, in sentences that say "within noise" where it is."""
     factors, scores = evidence.study.factors, scores_of(evidence)
-    means = {levels: found for levels, values in scores.items() if (found := summarize(list(values.values()))).count}
+    means = {levels: mean for levels, values in scores.items() if (mean := summarize(list(values.values()))).count}
     if not means:
         return "No cell has a score yet."
     best = min(means, key=lambda levels: means[levels].mean or 0.0)

@@ -38,6 +38,9 @@ POLL_SECONDS = 0.2
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 """What flock says on a file system that has none."""
 
+NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+"""What a file system says that knows no hard links."""
+
 NAMELESS = frozenset({"", "localhost", "localhost.localdomain"})  # of hosts that many machines share
 
 
@@ -102,7 +105,7 @@ class Lease:
                 file.write(self.content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(partial, path)  # unlike a rename it replaces nothing
+            _place(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -298,6 +301,23 @@ def _silence_of_the_dead(found: _Sighting, silent: float, *, has_flock: bool) ->
     return WATCH_SECONDS if silent > SILENCE_SECONDS else SILENCE_SECONDS
 
 
+def _place(source: Path, target: Path) -> None:
+    """Put a file's content where nothing is; raises FileExistsError, other OSErrors.
+
+    By a hard link, which replaces nothing, unlike a rename; where the file system has none, by exclusive creation, so that
+    a process that dies at this very instant leaves a damaged file.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+
+
 def _put_away(path: Path, dead: _Sighting) -> None:
     """Remove a dead holder's file, and only that one: another process may have taken over meanwhile."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -308,7 +328,7 @@ def _put_away(path: Path, dead: _Sighting) -> None:
     try:
         if aside.read_bytes() != dead.content:
             with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
+                _place(aside, path)
     finally:
         aside.unlink(missing_ok=True)
 

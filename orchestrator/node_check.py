@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ BUSY_BYTES = 2**30  # more of a GPU's memory in use than a context and a display
 REDUCE_SECONDS = 180.0  # for the all-reduce with the start of its processes; a sound node takes a tenth
 REDUCE_AGAIN_SECONDS = 3600.0  # within which a node need not show it again
 SMI_SECONDS = 30.0
+NOMINAL_SHARE = 0.97  # of the memory that a GPU is sold with is what its driver reports at least
 PACE_STEP = 10  # step at which a run's speed is compared: the trainer logs its first ten
 SLOWEST_SHARE = 0.8  # of the median of earlier runs; sound nodes differ by a few hundredths
 
@@ -49,6 +50,9 @@ QUERY = {
     "clocks_throttle_reasons.hw_thermal_slowdown": str,
 }  # fmt: skip
 """What is asked of nvidia-smi, and what kind of answer there is; sizes in MiB, clocks in MHz."""
+
+BASIC = tuple(QUERY)[:3]
+"""Fields that every driver knows, the first ones."""
 
 ALL_REDUCE = """
 import os, time, torch, torch.distributed as dist
@@ -311,20 +315,31 @@ def check_gpus(node: Node, demands: Demands) -> tuple[str, str]:
     if len(visible) != demands.gpus:
         return FAILED, f"{len(visible)} GPUs are visible ({node.gpus or 'none'}), {demands.gpus} were asked for"
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits", f"--id={node.gpus}"],
-            capture_output=True, text=True, timeout=SMI_SECONDS, check=False,
-        )  # fmt: skip
+        answer = _ask_driver(node.gpus, QUERY)
+        if answer.returncode:  # a driver that does not know one of the fields answers nothing
+            answer = _ask_driver(node.gpus, BASIC)
     except FileNotFoundError:
         return UNDECIDED, "there is no nvidia-smi here"
     except subprocess.TimeoutExpired:
         return FAILED, f"nvidia-smi did not answer within {SMI_SECONDS:g} s"
     if answer.returncode:
-        return FAILED, f"nvidia-smi: {(answer.stdout + answer.stderr).strip().splitlines()[-1:] or [answer.returncode]}"
+        words = (answer.stdout + answer.stderr).strip().splitlines() or [f"it ended with {answer.returncode}"]
+        return FAILED, f"nvidia-smi: {words[-1]}"
     gpus = [_parsed(line) for line in answer.stdout.splitlines() if line.strip()]
     problem = gpu_problem(gpus, demands)
     models = ", ".join(sorted({str(gpu["name"]) for gpu in gpus}))
-    return (FAILED, problem) if problem else (PASSED, f"{len(gpus)} × {models} at up to {gpus[0]['clocks.max.sm']} MHz")
+    return (
+        (FAILED, problem)
+        if problem
+        else (PASSED, f"{len(gpus)} × {models} at up to {gpus[0].get('clocks.max.sm')} MHz")
+    )
+
+
+def _ask_driver(gpus: str, fields: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", f"--id={gpus}"],
+        capture_output=True, text=True, timeout=SMI_SECONDS, check=False,
+    )  # fmt: skip
 
 
 def _parsed(line: str) -> dict[str, Any]:
@@ -348,11 +363,11 @@ def gpu_problem(gpus: list[dict[str, Any]], demands: Demands) -> str:
     for number, gpu in enumerate(gpus):
         if demands.gpu_model.lower() not in str(gpu["name"]).lower():
             return f"GPU {number} is {gpu['name']}, {demands.gpu_model} was asked for"
-        if gpu["memory.total"] is not None and gpu["memory.total"] < 1024 * demands.gpu_memory_gib:
+        if gpu["memory.total"] is not None and gpu["memory.total"] < NOMINAL_SHARE * 1024 * demands.gpu_memory_gib:
             return f"GPU {number} has {gpu['memory.total'] / 1024:.0f} GiB, {demands.gpu_memory_gib:g} were asked for"
         if (gpu["memory.used"] or 0) * 2**20 > BUSY_BYTES:
             return f"GPU {number} is in use: {gpu['memory.used']:.0f} MiB of its memory are taken"
-        if gpu["ecc.errors.uncorrected.volatile.total"]:
+        if gpu.get("ecc.errors.uncorrected.volatile.total"):
             return f"GPU {number} had {gpu['ecc.errors.uncorrected.volatile.total']:.0f} uncorrectable memory errors"
         for reason in ("hw_slowdown", "hw_thermal_slowdown"):
             if gpu.get(f"clocks_throttle_reasons.{reason}") == "Active":

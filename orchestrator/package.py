@@ -166,6 +166,11 @@ def _seed_run(home: Home, evidence: RunEvidence) -> SeedRun:
 
 
 def _config(run: RunDir, spec: Spec) -> Config:
+    if spec.script:
+        raise ConfigError(
+            f"{run.spec}: the run is of somebody else's script, {spec.script}: its folder is made by its author",
+            hint=f"what it was run from is in {run.root}, its logs are in {run.attempt(1).work.parent}",
+        )
     try:
         return from_mapping(spec.config)
     except ConfigError as error:

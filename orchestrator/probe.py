@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator import read_trace
+from orchestrator.data_view import lay_out
 from orchestrator.errors import ConfigError
 from orchestrator.lookups import BOOL, INT
 from orchestrator.read_trace import Trace
@@ -44,23 +45,37 @@ class Liveness:
     """In words: the setting before and after, or why nothing is known."""
 
 
-def prove(script: Script, pairs: Mapping[str, tuple[str, str]], *, python: str = "") -> list[Liveness]:
-    """Start a script with the first and then with the second text of each variable. Raises StorageError, ProtocolError."""
+def prove(
+    script: Script, pairs: Mapping[str, tuple[str, str]], *, data_dir: Path | None = None, python: str = ""
+) -> list[Liveness]:  # fmt: skip
+    """Start a script with the first and then with the second text of each variable. Raises StorageError, ProtocolError.
+
+    Some look at nothing before they have found their data.
+    """
     with tempfile.TemporaryDirectory(prefix="caddie-probe-") as folder:
         traces = [
-            start(script, {name: texts[turn] for name, texts in pairs.items()}, Path(folder) / str(turn), python=python)
+            start(
+                script,
+                {name: texts[turn] for name, texts in pairs.items()},
+                Path(folder) / str(turn),
+                data_dir=data_dir,
+                python=python,
+            )
             for turn in (0, 1)
         ]
     return [_judge(script, name, texts, *traces) for name, texts in pairs.items()]
 
 
-def start(script: Script, variables: Mapping[str, str], folder: Path, *, python: str = "") -> Trace:
+def start(
+    script: Script, variables: Mapping[str, str], folder: Path, *, data_dir: Path | None = None, python: str = ""
+) -> Trace:  # fmt: skip
     """One start of a script in a folder of its own, ended when it looks at nothing more. Raises ProtocolError."""
     folder.mkdir(parents=True)
+    data = lay_out(data_dir, folder) if data_dir else {}
     file = folder / "reads.jsonl"
     paths = [str(read_trace.FOLDER), str(FLASH_ATTENTION_SHIM), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        **os.environ, **variables, **read_trace.variables(file, is_probe=True), "CUDA_VISIBLE_DEVICES": "",
+        **os.environ, **data, **variables, **read_trace.variables(file, is_probe=True), "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip
     try:

@@ -31,7 +31,9 @@ def listing(home: Home, evidence: Evidence) -> Listing:
             seeds = ",".join(str(run.seed) for run in arm.runs)
             parts.append((f"{arm.name} alone:", _run_command(evidence, specs, seeds)))
     checked = next((run for arm in evidence.arms for run in arm.runs if run.result and run.result.artifact_bytes), None)
-    if checked is not None:
+    if checked is not None and evidence.study.script:
+        parts.append(("One run by hand, in an empty folder that has the data laid out:", _by_hand(home, checked)))
+    elif checked is not None:
         by_hand = f"torchrun --standalone --nproc_per_node={checked.result.world_size if checked.result else 1} train_gpt.py ."
         parts += [
             (f"One run by hand, in a copy of its directory (runs/{checked.run_id}) without its attempts:", by_hand),
@@ -43,9 +45,22 @@ def listing(home: Home, evidence: Evidence) -> Listing:
     return Listing(title="How to repeat it", parts=(*parts, ("study.toml:", evidence.state.source.strip())))
 
 
+def _by_hand(home: Home, run: RunEvidence) -> str:
+    """The command that a script's run was, with the variables that the study gave it."""
+    spec = _spec(home, run)
+    given = {**(spec.config.get("env", {}) if spec else {}), "SEED": str(run.seed), "RUN_ID": run.run_id}
+    variables = [f"{name}={shlex.quote(str(value))}" for name, value in given.items()]
+    processes = run.result.world_size if run.result else 1
+    return " ".join(
+        [*variables, f"torchrun --standalone --nproc_per_node={processes}", f"runs/{run.run_id}/train_gpt.py"]
+    )
+
+
 def _run_command(evidence: Evidence, specs: Sequence[Spec], seeds: str) -> str:
-    """`caddie run` with the settings in which the runs' configuration differs from its preset."""
-    words = ["caddie", "run", *_whence(specs), "--seeds", seeds, "--data", evidence.study.data]
+    """`caddie run` with the settings in which the runs' configuration differs from its preset, or `caddie replay`."""
+    script = evidence.study.script
+    whence = ["replay", str(script.script.path)] if script else ["run", *_whence(specs)]
+    words = ["caddie", *whence, "--seeds", seeds, "--data", evidence.study.data]
     for knob, value in _settings(evidence, specs[0]):
         words += ["--set", f"{knob}={_as_setting(value)}"]
     gpus = evidence.study.resources.gpus_per_run
@@ -59,6 +74,9 @@ def _whence(specs: Sequence[Spec]) -> list[str]:
 
 
 def _settings(evidence: Evidence, spec: Spec) -> Iterator[tuple[str, object]]:
+    if spec.script:
+        yield from spec.config.get("env", {}).items()
+        return
     try:
         preset = to_mapping(load_preset(spec.preset))
     except CaddieError:  # a preset of one's own that has been moved since: every setting is told

@@ -14,9 +14,11 @@ from typing import Any
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
+from orchestrator.public_record import PublicRecord
 from orchestrator.script import Script, kept, read_script
+from orchestrator.script_run import SWITCHES, is_same
 from orchestrator.study import Study, parse_study, study_text
-from orchestrator.variables import PREFIX, is_variable
+from orchestrator.variables import OWN, PREFIX, is_variable
 
 SCRIPT_LINE = re.compile(r"^script[ \t]*=.*$", re.MULTILINE)
 
@@ -62,6 +64,22 @@ def number(knob: str, text: str) -> float:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError as error:
         raise ConfigError(f"{knob} must be a number, got {text!r}") from error
+
+
+def as_logged(script: Script, record: PublicRecord) -> dict[str, str]:
+    """Settings that every log of a record has otherwise than the script's defaults, as text by variable.
+
+    Authors start their scripts with variables of their own, which the folder tells in its logs alone.
+    """
+    logs = [seed.run.chosen for seed in record.seeds if seed.run]
+    found: dict[str, str] = {}
+    for lookup in script.lookups.found.values():
+        texts = {log.get(lookup.setting) for log in logs}
+        text = texts.pop() if len(texts) == 1 else None
+        if lookup.name in OWN or lookup.default is None or text is None or is_same(lookup.default, text):
+            continue
+        found[lookup.name] = SWITCHES.get(text, text)
+    return found
 
 
 def describe(script: Script) -> list[tuple[str, str, str, str]]:

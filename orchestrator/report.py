@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import compare, interactions, interleave, noise, repeat
+from orchestrator import compare, contest, costs, interactions, interleave, repeat, replicates, variance
 from orchestrator.arms import find_arm, study_arm
 from orchestrator.cells import Table, as_markdown, as_text, bpb, params_text, probability, signed
 from orchestrator.charts import Chart, charts
 from orchestrator.checks import FAILED
 from orchestrator.compare import STATES, Comparison, compare_arms
+from orchestrator.contest import Contest
+from orchestrator.costs import Costs
 from orchestrator.datasets import ask_trainer
 from orchestrator.errors import CaddieError
 from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Curve, Evidence, RunEvidence, gather, read_curves
 from orchestrator.family import Relative, families
 from orchestrator.footing import throughput
+from orchestrator.front import front, front_table, measured
 from orchestrator.gates import Verdict, find_gates
 from orchestrator.home import Home, StudyDir
 from orchestrator.interleave import Block
@@ -74,6 +77,10 @@ class Report:
     design: tuple[Table, ...]
     """What the cells of a design show; empty for every other study."""
 
+    contest: Contest | None
+    """Of a sequential confirmation; None for every other study."""
+
+    costs: Costs
     family: tuple[Relative, ...]
     """Every run of the arms' configurations."""
 
@@ -106,15 +113,17 @@ def write_report(home: Home, study_name: str, *, against: str | None = None, gat
     weaknesses = [*warnings(evidence), *interleave.warnings(evidence, blocks)]
     weaknesses += _family_warnings(home, evidence, family, comparison)
     own_claim = interleave.claim(evidence, blocks) if blocks else claim(evidence)
+    race, spent = contest.contest(home, evidence), costs.costs_of(home, evidence)
+    own_claim = _with_race(own_claim, race, evidence)
     design = design_tables(evidence)
     report = Report(
-        evidence=evidence, comparison=comparison, blocks=blocks, family=tuple(family),
+        evidence=evidence, comparison=comparison, blocks=blocks, contest=race, costs=spent, family=tuple(family),
         claim=" ".join([own_claim, *_against(comparison, against)]),
         weaknesses=tuple(dict.fromkeys(weaknesses)),
         damage=tuple(dict.fromkeys([*evidence.problems, *unreadable, *misfits])),
         tables=(
-            *((interleave.table(evidence, blocks),) if blocks else ()), *design,
-            *all_tables(home, evidence, curves, comparison, family, sizes),
+            *((interleave.table(evidence, blocks),) if blocks else ()), *((contest.table(race),) if race else ()), *design,
+            *all_tables(home, evidence, curves, comparison, family, sizes), *costs_tables(spent),
         ), design=design, repeat=repeat.listing(home, evidence),
         page=folder.report_page, text=folder.report_text, data=folder.report_data, record_csv=folder.record_csv,
     )  # fmt: skip
@@ -199,11 +208,7 @@ def _family_warnings(
 ) -> list[str]:  # fmt: skip
     """What is known of runs that the arms do not show; seeds without a score are told elsewhere."""
     if comparison is None:
-        arms = [
-            study_arm(home, evidence, arm.name, stage=evidence.stage_of(arm), family=family)
-            for arm in evidence.arms
-            if arm.runs
-        ]
+        arms = [study_arm(home, evidence, arm.name, family=family) for arm in evidence.arms if arm.runs]
         return [warning for arm in arms for warning in compare.arm_warnings(arm)]
     missing = {
         f"{arm.name}: no score of {text}" for arm in (comparison.candidate, comparison.baseline) for text in arm.missing
@@ -231,6 +236,7 @@ def all_tables(
         groups_table(evidence, sizes),
         phases_table(evidence),
         throughput_table(evidence),
+        front_table(evidence),
         trials_table(evidence),
         attempts_table(evidence),
         family_table(evidence, family),
@@ -240,15 +246,21 @@ def all_tables(
     return [table for table in found if table.rows]
 
 
+def costs_tables(spent: Costs) -> tuple[Table, ...]:
+    """What the study cost by phase; none before anything was run."""
+    found = costs.phases_table(spent)
+    return (found,) if found.rows else ()
+
+
 def design_tables(evidence: Evidence) -> tuple[Table, ...]:
     """The tables of a factorial study or of one of the noise; none for every other study."""
-    components = noise.table(evidence)
+    components = variance.table(evidence)
     return (*interactions.tables(evidence), *((components,) if components else ()))
 
 
 def sections(report: Report, plots: Sequence[Chart]) -> list[Section]:
     """Gates and records first, then the plots with the tests, then every number behind them, and how to repeat it."""
-    titles = ("Gates", "Blocks", "Tests", "At equal steps and equal time")
+    titles = ("Gates", "Blocks", "Sequential test", "Tests", "At equal steps and equal time")
     tables = [table for table in report.tables if table not in report.design]
     records = [*report.design, *(table for table in tables if table.summary_rows)]
     named = {table.title: table for table in tables if table.title in titles}
@@ -267,7 +279,7 @@ def sections(report: Report, plots: Sequence[Chart]) -> list[Section]:
 def claim(evidence: Evidence) -> str:
     """What the study shows, in one sentence that says "within noise" where it is."""
     if evidence.study.cells:
-        return noise.claim(evidence) if evidence.study.noise else interactions.claim(evidence)
+        return variance.claim(evidence) if evidence.study.noise else interactions.claim(evidence)
     improvement, stage = evidence.improvement, STAGE_NAMES[evidence.objective]
     best, preset = evidence.arm(BEST_ARM), evidence.arm(PRESET_ARM)
     if improvement is not None and best is not None and preset is not None and improvement.value is not None:
@@ -285,6 +297,20 @@ def claim(evidence: Evidence) -> str:
     return (
         f"Not confirmed: the best of {done} scored trials is trial {found.number} with {stage} {bpb(found.value)} "
         f"({params_text(found.params)}), chosen for that value, so other seeds will probably give a higher one."
+    )
+
+
+def _with_race(own: str, race: Contest | None, evidence: Evidence) -> str:
+    """The claim with the verdict of the race before it, and the spread that every difference is to be held against."""
+    has_difference = bool(evidence.trials) or evidence.improvement is not None
+    spread = replicates.spread_of(evidence) if has_difference and not evidence.study.cells else None
+    noise = [f"Pooled {spread}."] if spread else []
+    if race is None:
+        return " ".join([own, *noise])
+    if evidence.study.confirm is not None and evidence.study.confirm.against:
+        return " ".join([contest.claim(race), *noise])
+    return " ".join(
+        [contest.claim(race), own, "That interval does not count the looks, the verdict before it does.", *noise]
     )
 
 
@@ -412,6 +438,7 @@ def _listing_markdown(listing: Listing) -> str:
 def as_record(report: Report) -> dict[str, Any]:
     """The report as plain JSON values, in full precision, with the line of every number that the record cites."""
     evidence = report.evidence
+    spread = replicates.spread_of(evidence)
     return {
         "study": evidence.study.name,
         "question": evidence.study.question,
@@ -421,7 +448,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "claim": report.claim,
         "blocks": interleave.as_record(report.blocks),
         "factorial": interactions.as_record(evidence),
-        "noise": noise.as_record(evidence),
+        "noise": variance.as_record(evidence),
         "problems": list(report.problems),
         "std_convention": STD_CONVENTION,
         "confidence": CONFIDENCE,
@@ -439,6 +466,12 @@ def as_record(report: Report) -> dict[str, Any]:
             for found in evidence.trials
         ],
         "attempts": [dataclasses.asdict(attempt) for attempt in evidence.attempts],
+        "contest": contest.as_record(report.contest),
+        "spread": dataclasses.asdict(spread) if spread else None,
+        "front": [
+            dataclasses.asdict(point) for point in front([found.trial for found in evidence.trials], measured(evidence))
+        ],
+        "costs": {**dataclasses.asdict(report.costs), "price": report.costs.price},
         "gpu_seconds": evidence.gpu_seconds,
         "cpu_run_seconds": evidence.cpu_run_seconds,
         "repeat": [{"what": sentence, "text": text} for sentence, text in report.repeat.parts],

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import imports, public_record
+from orchestrator import imports, record_folder
 from orchestrator.cells import ABSENT, Table, as_markdown, as_text, bpb, seconds, signed, whole
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import BEST_ARM, ArmEvidence, RunEvidence, gather
+from orchestrator.grammar import RATIO_TOLERANCE, TOKENS_PER_BYTE
 from orchestrator.home import Home
 from orchestrator.imports import ImportedRecord
-from orchestrator.public_record import RecordedSeed
+from orchestrator.public_record import PublicRecord, RecordedSeed
 from orchestrator.published import published_records
 from orchestrator.runs import RunStore
 from orchestrator.statistics import Difference, Summary, known_spread, mean, pooled_std, summarize
@@ -139,7 +140,7 @@ def find_record(home: Home, text: str) -> ImportedRecord:
     """A record by its folder, which is imported, or by the name of an imported one. Raises ConfigError."""
     folder = Path(text).expanduser()
     if folder.is_dir():
-        found = public_record.find_records(folder)
+        found = record_folder.find_records(folder)
         if len(found) > 1:
             raise ConfigError(
                 f"{folder} holds {len(found)} records, a run is compared with one",
@@ -154,9 +155,19 @@ def side_of_record(imported: ImportedRecord) -> Side:
     record = imported.record
     return Side(
         name=record.name, seeds=tuple(_recorded(seed) for seed in record.seeds if seed.run or seed.score),
-        facts=_facts_of_logs([imported.folder.files / seed.run.file for seed in record.seeds if seed.run]),
+        facts={
+            **_data_of(record), **_facts_of_logs([imported.folder.files / seed.run.file for seed in record.seeds if seed.run]),
+        },
         problems=tuple(f"seed {seed.seed} of the record has no score: {seed.why}" for seed in record.refused),
     )  # fmt: skip
+
+
+def _data_of(record: PublicRecord) -> dict[str, str]:
+    """The data by what its losses and scores imply, of the tokenizers that are known."""
+    scores = [seed.score for seed in record.seeds if seed.score and seed.score.loss and seed.score.digits > 5]
+    ratios = {score.bpb * math.log(2) / score.loss for score in scores}
+    known = {name for ratio in ratios for near, name in TOKENS_PER_BYTE.items() if abs(ratio - near) <= RATIO_TOLERANCE}
+    return {"data": f"{', '.join(sorted(known))}, by its tokens per byte"} if known else {}
 
 
 def _recorded(seed: RecordedSeed) -> SeedFigures:

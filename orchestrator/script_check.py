@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator import data_view, datasets, probe
 from orchestrator.datasets import PreparedData
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.probe import Liveness
 from orchestrator.space import Choice
@@ -44,21 +44,13 @@ def _plan(study: Study) -> ScriptPlan:
 
 
 def _require_vocabulary(plan: ScriptPlan, data: PreparedData) -> None:
-    """A script that is told of a vocabulary must be told of the data's; one that cannot be told must have it."""
+    """A script that the study tells of a vocabulary must be told of the data's."""
     asked = plan.env.get(data_view.VOCAB_SIZE)
     if data.vocab_size and asked is not None and asked != str(data.vocab_size):
         raise ConfigError(
             f"env.{data_view.VOCAB_SIZE} is {asked}, the data set {data.root} has {data.vocab_size} pieces",
             hint="leave it out: the script is told what the data set has",
         )
-    script = plan.script
-    if script.is_opaque or any(script.lookup(name) for name in (data_view.DATA_PATH, data_view.DATA_DIR)):
-        return
-    raise DataError(
-        f"{script.path}: the script looks at neither {data_view.DATA_PATH} nor {data_view.DATA_DIR}, so that it cannot be told "
-        "where its data are",
-        hint="let it look at one of them",
-    )
 
 
 def _require_seed(study: Study, plan: ScriptPlan) -> None:
@@ -77,6 +69,11 @@ def warnings(study: Study) -> list[str]:
     found = []
     if script.is_opaque:
         found.append(f"{script.name}: its text does not show all that it looks at; its reads are traced as it runs")
+    if not script.is_opaque and not any(map(script.lookup, (data_view.DATA_PATH, data_view.DATA_DIR))):
+        found.append(
+            f"{script.name} looks at neither {data_view.DATA_PATH} nor {data_view.DATA_DIR}: it must find its data in ./data, where "
+            "they lie as the challenge lays them out"
+        )
     if script.companions:
         found.append(f"{script.name} imports {', '.join(script.companions)} from its folder, which is not taken along")
     if script.stages and study.search.objective not in script.stages:
@@ -96,7 +93,8 @@ def prove(study: Study, home: Home) -> list[Liveness]:
     pairs |= {
         name: (text, probe.other_text(plan.script, name, text)) for name, text in plan.env.items() if name not in pairs
     }
-    found = probe.prove(plan.script, pairs, python=study.resources.python) if pairs else []
+    data_dir = home.dataset(study.data)
+    found = probe.prove(plan.script, pairs, data_dir=data_dir, python=study.resources.python) if pairs else []
     write_json_atomically(
         home.study(study.name).liveness,
         {"script": str(plan.script.path), "variables": [dataclasses.asdict(one) for one in found]},

@@ -54,6 +54,10 @@ INFRASTRUCTURE = re.compile(
 """Variables that a script shares with its machine; any other that it looks at is a setting, and only the study sets those."""
 
 
+SWITCHES = {"True": "1", "False": "0"}
+"""How scripts print what they take as a number."""
+
+
 class ScriptRun:
     """One attempt of a script, from its preparation to its result."""
 
@@ -301,8 +305,7 @@ def is_same(asked: str, logged: str) -> bool:
     """Whether a script's printed value is what it was given, as far as the print has decimals."""
     if asked == logged:
         return True
-    switches = {"True": "1", "False": "0"}
-    asked, logged = switches.get(asked, asked), switches.get(logged, logged)
+    asked, logged = SWITCHES.get(asked, asked), SWITCHES.get(logged, logged)
     try:
         a, b = float(asked), float(logged)
     except ValueError:

@@ -1,13 +1,12 @@
-"""The search: which point of the space comes next, and which trial is not worth finishing; the only module that knows Optuna.
+"""The search: which point of the space comes next; knows Optuna's samplers.
 
 A proposal follows from the study, the ledger's trials and the trial's number alone, so a controller that starts again
-proposes what it would have proposed. Optuna's journal is a view of the ledger, for optuna-dashboard: it is made anew at
-every start, and nothing is decided from it.
+proposes what it would have proposed. What Optuna stores is a view of the ledger, for optuna-dashboard: nothing is decided
+from it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import itertools
@@ -16,25 +15,24 @@ import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from orchestrator import evolution, ledger
+from orchestrator import evolution, ledger, search_view
 from orchestrator.errors import ConfigError, MachineError
 from orchestrator.evolution import Seen
 from orchestrator.ledger import StudyState, Trial
+from orchestrator.search_view import View
 from orchestrator.space import Choice, NumberRange, Range, grid_values
 from orchestrator.study import Study
-from trainer.protocol import CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT, storage_error
+from trainer.protocol import CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT
 
 PERTURBATIONS = 8
 """Further proposals that are asked for where a proposal repeats an earlier trial; a small grid may have no other."""
@@ -48,7 +46,6 @@ OPTUNA_STATES = {
     ledger.PRUNED: TrialState.PRUNED,
     ledger.FAILED: TrialState.FAIL,
 }
-LEDGER_NUMBER, REASON = "caddie_trial", "caddie_reason"  # user attributes, shown by optuna-dashboard
 POINT_FAILURES = frozenset({CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT})
 """Kinds of failure that the point is to blame for: a sampler that learns nothing from them proposes the same again."""
 
@@ -120,7 +117,7 @@ def frozen(study: Study, trial: Trial, space: Mapping[str, BaseDistribution]) ->
     A point outside the space becomes a failed trial without parameters: it keeps its number and its value, as an
     attribute, and the sampler's model, which could not hold it, is not bent.
     """
-    attributes = {LEDGER_NUMBER: trial.number, REASON: trial.reason}
+    attributes = {search_view.NUMBER: trial.number, search_view.REASON: trial.reason}
     values = values_of(study, trial)
     if not _is_inside(trial.params, space) or (trial.state == ledger.COMPLETE and values is None):
         attributes |= {"caddie_params": json.dumps(trial.params), "caddie_value": trial.value}
@@ -295,51 +292,28 @@ def _of_score(trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTria
 
 
 class Search:
-    """Asks and tells in the order of the ledger, and keeps Optuna's journal in step with it."""
+    """Asks and tells in the order of the ledger, and keeps Optuna's view in step with it."""
 
-    def __init__(self, study: Study, storage: Path) -> None:
+    def __init__(self, study: Study, journal: Path, *, url: str = "") -> None:
         self.study = study
-        self.path = storage
         self.space = space_of(study)
         self.trials: dict[int, Trial] = {}
         """As the ledger has them."""
 
-        self.problem: str | None = None
-        """Why the journal does not show all of it; None where it does. The next start makes it anew."""
+        self.view = View(journal, name=study.name, directions=_directions(study), url=url)
 
-        self._view: optuna.Study | None = None
+    @property
+    def problem(self) -> str | None:
+        """Why the view does not show all of it; None where it does."""
+        return self.view.problem
 
     def rebuild(self, state: StudyState) -> None:
-        """Make the journal anew from the ledger. Raises StorageError."""
+        """Learn what the ledger says, and show it. Raises StorageError."""
         self.trials = dict(state.trials)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.parent.glob(f"{self.path.name}*"):  # a killed writer's lock would block for ever
-                leftover.unlink()
-        except OSError as error:
-            raise storage_error(error, self.path) from error
-        self._make_view()
+        self.view.rebuild(self._shown)
 
-    def _make_view(self) -> None:
-        backend = JournalFileBackend(str(self.path), lock_obj=OnlyWriter(str(self.path)))
-        self._view = optuna.create_study(
-            study_name=self.study.name, storage=JournalStorage(backend), directions=_directions(self.study),
-            load_if_exists=True,
-        )  # fmt: skip
-        self._view.add_trials([frozen(self.study, self.trials[n], self.space) for n in sorted(self.trials)])
-        self.problem = None
-
-    def _show(self, change: Callable[[optuna.Study], None]) -> None:
-        """Bring the journal up to date. Where it was lost or damaged under way it is made anew; no study stops for it."""
-        try:
-            if self._view is not None and self.path.exists():
-                change(self._view)
-                return
-            self._make_view()
-        except Exception as error:  # whatever a view raises: the ledger has it
-            self.problem, self._view = f"{self.path}: {type(error).__name__}: {error}", None
-            with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
+    def _shown(self) -> list[FrozenTrial]:
+        return [frozen(self.study, self.trials[n], self.space) for n in sorted(self.trials)]
 
     def ask(self, number: int) -> dict[str, Any]:
         """The point of a new trial: the preset for number 0, else a proposal that repeats no trial, if there is one."""
@@ -355,10 +329,10 @@ class Search:
     def begin(self, trial: Trial) -> None:
         """Note a trial that the ledger holds by now."""
         self.trials[trial.number] = trial
-        self._show(lambda view: view.add_trial(frozen(self.study, trial, self.space)))
+        self.view.show(lambda view: view.add_trial(frozen(self.study, trial, self.space)), self._shown)
 
     def should_stop(self, number: int, per_mille: int, loss: float) -> bool:
-        """Whether the running trial's training loss is worse than the median of the complete trials' at the same point."""
+        """Whether the running trial's loss is worse than the median of the complete trials' at the same point."""
         plan = self.study.stop_early
         if plan is None or number == 0:
             return False
@@ -370,39 +344,12 @@ class Search:
         """Note how a trial ended, as the ledger has it."""
         self.trials[trial.number] = trial
         if _is_inside(trial.params, self.space):
-            self._show(lambda view: _tell_view(view, trial, values_of(self.study, trial)))
+            ended = frozen(self.study, trial, self.space)
+            self.view.show(lambda view: search_view.end(view, trial.number, ended), self._shown)
 
     def importance(self) -> dict[str, float]:
         """See `knob_importance`."""
         return knob_importance(self.study, StudyState(trials=self.trials))
-
-
-def _tell_view(study: optuna.Study, trial: Trial, values: Sequence[float] | None) -> None:
-    """How a trial of the journal ended."""
-    # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
-    view = optuna.trial.Trial(study, study.trials[trial.number]._trial_id)
-    for per_mille, loss in sorted(trial.intermediate.items()) if len(study.directions) == 1 else ():
-        view.report(loss, per_mille)
-    view.set_user_attr(REASON, trial.reason)
-    if values is None:
-        state = OPTUNA_STATES[trial.state]
-        study.tell(trial.number, state=TrialState.FAIL if state is TrialState.COMPLETE else state)
-        return
-    for name, excess in trial.constraints.items():
-        view.set_constraint(name, excess)  # nothing can be attached once the trial is told
-    study.tell(trial.number, values=list(values), state=TrialState.COMPLETE)
-
-
-class OnlyWriter(JournalFileOpenLock):
-    """The journal's lock: none, because only the holder of the study's lock writes. A file that somebody left would hold
-    the study up for half a minute at each trial.
-    """
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        return
 
 
 def _as_json(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -342,13 +342,17 @@ def two_sided(found: Difference) -> float | None:
 # ── variances ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def variance_interval(variance: float, degrees_of_freedom: float) -> tuple[float, float]:
-    """Interval at CONFIDENCE of a variance that is estimated as a chi-squared with so many degrees of freedom."""
+def variance_interval(variance: float, degrees_of_freedom: float) -> tuple[float, float | None]:
+    """Interval at CONFIDENCE of a variance that is estimated as a chi-squared with so many degrees of freedom.
+
+    Its upper end is None, and its lower one 0, where so few degrees (a difference of two, by Satterthwaite) say nothing of it.
+    """
     if not variance:
         return 0.0, 0.0
     tail = (1.0 - CONFIDENCE) / 2
-    high, low = _stats().chi2.ppf([tail, 1.0 - tail], degrees_of_freedom)
-    return degrees_of_freedom * variance / float(low), degrees_of_freedom * variance / float(high)
+    least, most = (float(point) for point in _stats().chi2.ppf([tail, 1.0 - tail], degrees_of_freedom))
+    low, high = (degrees_of_freedom * variance / point if point else math.inf for point in (most, least))
+    return low if math.isfinite(low) else 0.0, high if math.isfinite(high) else None
 
 
 def ratio_p(ratio: float, degrees_of_freedom: tuple[int, int]) -> float:

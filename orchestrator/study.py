@@ -375,7 +375,7 @@ class Study:
 
     def plan_text(self) -> str:
         """What is going to be run, in a few words."""
-        seeds = f"on seeds {', '.join(map(str, self.confirm.seeds))}" if self.confirm else ""
+        seeds = f"on seeds {', '.join(map(str, self.confirm.seeds)) or 'of its runs'}" if self.confirm else ""
         if self.noise:
             orders = f"{len(self.noise.order_seeds)} orders of the data, {self.noise.replicates} times each"
             return f"{len(self.cells)} cells, {orders}, {seeds}"
@@ -392,9 +392,9 @@ class Study:
             found.append(
                 f"seeds {shared} are searched and confirmed: the best point was selected on them, its mean is biased"
             )
-        if self.cells and self.confirm and len(self.confirm.seeds) < 2:
+        if self.cells and self.confirm and len(self.confirm.seeds) == 1:
             found.append("cells on one seed: no difference between them gets an interval")
-        elif self.confirm and not self.cells and len(self.confirm.seeds) < 3:
+        elif self.confirm and not self.cells and 0 < len(self.confirm.seeds) < 3:
             found.append(f"confirmation on {len(self.confirm.seeds)} of the three seeds that a record needs")
         if any(config.ttt.before_quantization for config in self.configs):
             found.append(
@@ -773,7 +773,9 @@ def _sources(tables: Mapping[str, Any]) -> tuple[str, ...]:
     named = tables.get("from", [])
     names = [named] if isinstance(named, str) else named
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ConfigError(f"from must be the id of a run or the name of a study in quotes, or a list of these, got {named!r}")
+        raise ConfigError(
+            f"from must be the id of a run or the name of a study in quotes, or a list of these, got {named!r}"
+        )
     if len(set(names)) < len(names):
         raise ConfigError(f"from names a run twice: {names}")
     return tuple(names)
@@ -886,7 +888,11 @@ def load_study(path: Path) -> Study:
         if found is None:
             known = [p.stem for p in SHIPPED_STUDIES.glob("*.toml")]
             known += [p.parent.name for p in SHIPPED_STUDIES.glob(f"*/{STUDY_FILE}")]
-            fault = f"is a folder, not a study file, and holds no {STUDY_FILE}" if path.is_dir() else "there is no such study file"
+            fault = (
+                f"is a folder, not a study file, and holds no {STUDY_FILE}"
+                if path.is_dir()
+                else "there is no such study file"
+            )
             raise ConfigError(f"{path}: {fault}", hint=nearest(path.stem, sorted(known)))
         path = found
     return _at(path, lambda: parse_study(_text_of(path), path.parent))

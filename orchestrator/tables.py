@@ -24,6 +24,7 @@ from orchestrator.evidence import ArmEvidence, Curve, Evidence, RunEvidence
 from orchestrator.family import Relative
 from orchestrator.footing import WAYS, WINDOW, adjusted_for_steps, footing, throughput
 from orchestrator.gates import Verdict
+from orchestrator.replicates import WITHIN_NOISE, differences, spread_of
 from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference, mean, sample_std
 from trainer import protocol
 from trainer.protocol import COMPLETE
@@ -112,15 +113,18 @@ def _record_values(run: RunEvidence) -> dict[str, float | int | None]:
     }  # fmt: skip
 
 
+EARLY_SCORE = "Round-trip BPB"
+"""Column of a record whose runs end with this score, as somebody else's script may."""
+
+
 def record_table(arm: ArmEvidence, *, has_sources: bool = True) -> Table:
     """The record of one arm: a row a seed, mean, standard deviation; a seed without a result keeps its row and reason."""
     extra = _extra_columns(arm, has_sources=has_sources)
     columns = (*RECORD_COLUMNS, *extra)
     rows = [_record_row(run, extra) for run in arm.runs]
     complete = [run for run in arm.runs if run.result is not None and run.result.status == COMPLETE]
-    padding = ("",) * len(extra)
-    rows.append((f"mean of {len(complete)}", *_record_numbers(complete, mean), *padding))
-    rows.append(("std (n−1)", *_record_numbers(complete, sample_std), *padding))
+    rows.append((f"mean of {len(complete)}", *_record_numbers(complete, mean), *_extra_numbers(complete, extra, mean)))
+    rows.append(("std (n−1)", *_record_numbers(complete, sample_std), *_extra_numbers(complete, extra, sample_std)))
     return Table(
         title=f"Record: {arm.name}",
         columns=columns,
@@ -134,7 +138,17 @@ def _extra_columns(arm: ArmEvidence, *, has_sources: bool) -> tuple[str, ...]:
     """Columns beside the authors', where there is something to put into them."""
     verified = ("Verified",) if any(run.verified for run in arm.runs) else ()
     audited = ("Audited",) if any(run.audited for run in arm.runs) else ()
-    return (*verified, *audited, *(("Note",) if arm.missing else ()), *(("Source",) if has_sources else ()))
+    is_early = arm.values(protocol.ROUNDTRIP) and not arm.values(protocol.SLIDING) and not arm.values(protocol.TTT)
+    score = (EARLY_SCORE,) if is_early else ()
+    return (*score, *verified, *audited, *(("Note",) if arm.missing else ()), *(("Source",) if has_sources else ()))
+
+
+def _extra_numbers(
+    runs: Sequence[RunEvidence], extra: Sequence[str], reduce: Callable[[Sequence[float]], float | None]
+) -> tuple[str, ...]:
+    """The summary of those of the further columns that hold a number."""
+    values = [value for run in runs if (value := run.bpb(protocol.ROUNDTRIP)) is not None]
+    return tuple(bpb(reduce(values)) if column == EARLY_SCORE else "" for column in extra)
 
 
 def _record_row(run: RunEvidence, extra: Sequence[str]) -> tuple[Cell, ...]:
@@ -145,6 +159,7 @@ def _record_row(run: RunEvidence, extra: Sequence[str]) -> tuple[Cell, ...]:
     )  # fmt: skip
     note = "" if run.state == COMPLETE else f"{run.state}: {run.reason}".rstrip(": ")
     beside: dict[str, Cell] = {
+        EARLY_SCORE: cited(run, protocol.ROUNDTRIP),
         "Verified": Link(run.verification, run.verified),
         "Audited": Link(run.auditing, run.audited),
         "Note": note,
@@ -432,7 +447,7 @@ def throughput_table(evidence: Evidence) -> Table:
 
 def trials_table(evidence: Evidence) -> Table:
     """Every point that was asked, with what became of it."""
-    knobs = tuple(evidence.study.space)
+    knobs, gaps = tuple(evidence.study.space), differences(evidence)
     rows: list[tuple[Cell, ...]] = []
     for found in evidence.trials:
         trial = found.trial
@@ -441,17 +456,26 @@ def trials_table(evidence: Evidence) -> Table:
         source = next((run.source for run in found.runs), "")
         rows.append(
             (
-                str(trial.number), trial.origin, *values, bpb(trial.value), trial.state, trial.reason, violation,
+                str(trial.number), trial.origin, *values, bpb(trial.value), _gap(gaps.get(trial.number)), trial.state,
+                trial.reason, violation,
                 Link(source),
             )
         )  # fmt: skip
     name = STAGE_NAMES[evidence.objective]
-    columns = ("Trial", "Origin", *knobs, name, "State", "Reason", "Constraint violation", "Source")
-    searched = ", ".join(map(str, evidence.study.search.seeds))
+    columns = ("Trial", "Origin", *knobs, name, "− preset", "State", "Reason", "Constraint violation", "Source")
+    searched, spread = ", ".join(map(str, evidence.study.search.seeds)), spread_of(evidence)
+    noise = f" − preset: the difference from trial 0; within noise where {spread} explains it." if spread else ""
     return Table(
-        title="Trials", columns=columns, rows=tuple(rows), note=f"{name}: mean over seeds {searched}.",
+        title="Trials", columns=columns, rows=tuple(rows), note=f"{name}: mean over seeds {searched}.{noise}",
         is_long=len(rows) > LONG_ROWS,
     )  # fmt: skip
+
+
+def _gap(found: tuple[float, bool | None] | None) -> str:
+    """A difference, and that it is within noise where it is."""
+    if found is None:
+        return ABSENT
+    return f"{signed(found[0])}, {WITHIN_NOISE}" if found[1] else signed(found[0])
 
 
 def attempts_table(evidence: Evidence) -> Table:

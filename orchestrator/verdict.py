@@ -61,7 +61,8 @@ def _failed(seed: int, result: Result) -> Verdict:
     if result.failure is not None:
         kind, message = result.failure.kind, result.failure.message
     elif result.scores:
-        kind, message = protocol.NOT_FINITE, "the objective's score is missing or not a finite number"
+        found = ", ".join(result.scores)
+        kind, message = protocol.NOT_FINITE, f"the objective's score is missing or not a finite number; it has {found}"
     else:
         kind, message = protocol.CODE, "the result holds no score"
     log = f"; log: {result.failure.log.splitlines()[0].rstrip(':')}" if result.failure and result.failure.log else ""

@@ -20,8 +20,9 @@ HEAVY = {"torch", "huggingface_hub", "mlflow", "optuna", "pandas", "rich", "plot
 # Which modules may import an outside library. Each library of the orchestrator has one; the trainer's are its own.
 OWNERS = {
     "brotli": {"orchestrator.bundle"},
-    "optuna": {"orchestrator.search"},
+    "optuna": {"orchestrator.search", "orchestrator.search_view"},  # samplers, storage
     "cmaes": {"orchestrator.evolution"},
+    "sqlalchemy": {"orchestrator.search_view"},  # comes with Optuna, to whose storage it is handed
     "numpy": {"orchestrator.evolution", "orchestrator.racing"},
     "submitit": {"orchestrator.launcher", "orchestrator.slurm_launcher"},  # its two executors
     "huggingface_hub": {"orchestrator.hub"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -27,11 +28,17 @@ def _one_of(default: str, *choices: str) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """The types of a section's fields; found once, since a study builds thousands of configurations."""
+    return typing.get_type_hints(cls)
+
+
 class Section:
     """A part of the configuration; checks the type and range of each field when it is built."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = hints_of(type(self))
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             place = f"{section_name(type(self))}.{f.name}"
             value = _coerced(getattr(self, f.name), hints[f.name], place)
@@ -268,6 +275,13 @@ class ScheduleConfig(Section):
 
     log_every: int = _between(50, 1)
     """Steps between two metric events; the first ten steps are always logged."""
+
+    validations: int = _between(0, 0)
+    """Times, evenly over the schedule, at which the present weights are scored on a part of the validation split, for a
+    search to stop by; 0 never, as in every record. The clock stands still meanwhile."""
+
+    validation_sequences: int = _between(64, 1)
+    """How much of the split that is, from its beginning, in evaluation.sequence_length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -670,13 +684,10 @@ def section_name(cls: type[Section]) -> str:
     return next((name for name, section in SECTIONS.items() if section is cls), cls.__name__)
 
 
+@functools.cache
 def knobs() -> dict[str, Any]:
     """Every knob by its dotted name, with its type."""
-    return {
-        f"{section}.{name}": hint
-        for section, cls in SECTIONS.items()
-        for name, hint in typing.get_type_hints(cls).items()
-    }
+    return {f"{section}.{name}": hint for section, cls in SECTIONS.items() for name, hint in hints_of(cls).items()}
 
 
 FOLDED = ""

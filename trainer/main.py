@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def trained(run: Run, model: Model, dataset: Dataset) -> int:
         outcome = train(
             model, network, dataset, config=config, seed=run.spec.seed, world=world, log=run.log,
             reserve=reserve, stop_asked=lambda: is_asked_to_leave(run), checkpoint=checkpoint,
+            validate=validation(run, model, dataset) if config.schedule.validations else None,
         )  # fmt: skip
     run.stop.waits_for_step = False
     run.found.update(
@@ -256,6 +258,22 @@ def trained(run: Run, model: Model, dataset: Dataset) -> int:
     if outcome.was_stopped:
         run.found["status"] = protocol.STOPPED
     return outcome.recurrent
+
+
+def validation(run: Run, model: Model, dataset: Dataset) -> Callable[[int], float]:
+    """What scores the present weights on the beginning of the validation split: nats per token, by the recurrence."""
+    config, whole = run.config, stream_of(run, dataset)
+    length = config.evaluation.sequence_length
+    positions = min(whole.positions, config.schedule.validation_sequences * length)
+    stream = Stream(whole.tokens_N[: positions + 1], whole.target_bytes_P[:positions])
+    windows, scorer = plan_windows(positions, length=length, stride=length), Recorded(model.nats, is_pure=True)
+
+    def loss(recurrent: int) -> float:
+        return evaluate(
+            scorer, stream, windows, config=config.evaluation, recurrent=recurrent, world=run.world, chunk_tokens=positions
+        ).score.loss  # fmt: skip
+
+    return loss
 
 
 def given_weights(run: Run, model: Model) -> int:

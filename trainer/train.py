@@ -185,10 +185,12 @@ def order_seed(config: Config, seed: int) -> int:
 def train(
     model: Model, network: Network, dataset: Dataset, *, config: Config, seed: int, world: World, log: EventLog,
     reserve: float, stop_asked: Callable[[], bool], checkpoint: Checkpoint | None = None,
+    validate: Callable[[int], float] | None = None,
 ) -> Outcome:  # fmt: skip
     """Train until the budget less the reserve (in seconds), the last step or a stop; leaves the averaged weights in the model.
 
-    With a checkpoint it goes on from there, and keeps another where it ends: what follows may be cut off too.
+    With a checkpoint it goes on from there, and keeps another where it ends: what follows may be cut off too. `validate`
+    gives the present weights' loss on validation text, asked for as often as the schedule says, with the clock stopped.
     Raises NotFiniteError.
     """
     schedule = config.schedule
@@ -197,7 +199,7 @@ def train(
     optimizers = Optimizers(model, config.optim, world, network.gradients)
     average = WeightAverage(model, config.optim.ema_decay)
     budget_seconds = config.limits.train_seconds - reserve
-    step, recurrent, was_stopped, loss = 0, 0, False, torch.tensor(math.nan)
+    step, recurrent, was_stopped, loss, validated = 0, 0, False, torch.tensor(math.nan), 0
     surprises = network.surprises()
     state = State(model, optimizers, average, world) if checkpoint else None
     reached = checkpoint.restored(state) if checkpoint and state else None
@@ -229,6 +231,12 @@ def train(
                 train_seconds=round(seconds, 4),
                 layers=model.layer_order(recurrent),
             )
+
+        if config.schedule.validations and validate and int(frac * (schedule.validations + 1)) > validated:
+            validated, began = int(frac * (schedule.validations + 1)), clock.seconds()
+            log.metrics(step, seconds, val_loss=validate(recurrent), elapsed_frac=frac)
+            clock.go_on(began, ())
+            surprises = network.surprises()
 
         batch = world.moved(loader.next(sequences, world.rank, world.size))
         loss = network.backward(batch, recurrent)

@@ -34,19 +34,28 @@ class Trace:
     def __init__(self, path: str) -> None:
         self.path = path
         self.seen: set[str] = set()
-        self.passing = ""
-        """The variable that an iteration over all of them has reached: copying an environment is no look at it."""
+        self.copying: list[str] = []
+        """Names that an iteration has given and whose values it has not: copying an environment, which first lists all
+        names and then asks for each in turn, is no look at them."""
 
         self.is_dumped = False
 
     def note(self, name: object, default: object = None, *, has_default: bool = False) -> None:
-        if not isinstance(name, str) or name in self.seen or name == self.passing or not is_of_script():
+        if not isinstance(name, str) or name in self.seen or not is_of_script():
             return
         self.seen.add(name)
         line: dict[str, object] = {"name": name, "is_set": name in set_names()}
         if has_default and isinstance(default, (*PLAIN, type(None))):
             line["default"] = default
         self.write(line)
+
+    def is_copying(self, name: object) -> bool:
+        """Whether this is the next value of a copy."""
+        if self.copying and self.copying[-1] == name:
+            self.copying.pop()
+            return True
+        self.copying = []
+        return False
 
     def dump(self) -> None:
         """The settings, once."""
@@ -96,7 +105,8 @@ class Watched(type(os.environ)):  # type: ignore[misc]  # the class that os keep
     """The environment, with its reader's looks noted."""
 
     def __getitem__(self, key: Any) -> Any:
-        TRACE.note(key)
+        if not TRACE.is_copying(key):
+            TRACE.note(key)
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -104,10 +114,9 @@ class Watched(type(os.environ)):  # type: ignore[misc]  # the class that os keep
         return super().get(key, default)
 
     def __iter__(self) -> Iterator[Any]:
-        for key in super().__iter__():
-            TRACE.passing = key
-            yield key
-        TRACE.passing = ""
+        names = list(super().__iter__())
+        TRACE.copying = names[::-1]
+        yield from names
 
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
@@ -125,7 +134,7 @@ def _run_next() -> None:
 if os.environ.get(FILE) and os.environ.get("RANK", "0") == "0":
     TRACE = Trace(os.environ[FILE])
     if Path(TRACE.path).parent.is_dir():
-        os.environ.__class__ = Watched  # type: ignore[assignment]  # the same object, for all who hold it
+        os.environ.__class__ = Watched
         atexit.register(TRACE.dump)
         if os.environ.get(PROBE):
             signal.signal(signal.SIGTERM, _leave)

@@ -21,9 +21,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from tests.deployment.dockerfile import (  # noqa: E402  (also run as a program)
-    Dockerfile, Stage, command_of, pair_of, pairs_of, read, substituted,
-)  # fmt: skip
+from tests.deployment.dockerfile import Dockerfile, Stage, command_of, pair_of, pairs_of, read, substituted  # noqa: E402  (also run as a program)  # fmt: skip
 
 SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -69,7 +67,11 @@ def in_root(
     host: str = "build",
 ) -> list[str]:  # fmt: skip
     """The command line that runs a command in a root, with folders of this machine bound into it, and a host's name."""
-    lines = [f"hostname {shlex.quote(host)}", f"mount --rbind /dev {root}/dev", f"mount -t proc proc {root}/proc"]
+    lines = [
+        f"hostname {shlex.quote(host)}",
+        *(f"mount --rbind /{name} {root}/{name}" for name in ("dev", "sys")),
+        f"mount -t proc proc {root}/proc",
+    ]
     for source, target in (binds or {}).items():
         inside = shlex.quote(f"{root}{target}")
         make = f"mkdir -p {inside}" if Path(source).is_dir() else f"mkdir -p $(dirname {inside}); touch {inside}"
@@ -112,7 +114,9 @@ class Builder:
             partial = self.folder / "base.partial"
             shutil.rmtree(partial, ignore_errors=True)
             command = ["debootstrap", "--variant=minbase", SUITE, str(partial), MIRROR]
-            subprocess.run(command, check=True, timeout=STEP_SECONDS, stdout=sys.stderr, env=dict(os.environ, PATH=PATH))
+            subprocess.run(
+                command, check=True, timeout=STEP_SECONDS, stdout=sys.stderr, env=dict(os.environ, PATH=PATH)
+            )
             partial.rename(root)
         return root
 
@@ -172,9 +176,10 @@ def _copy_root(source: Path, target: Path) -> None:
 def _copy(text: str, root: Path) -> None:
     """COPY from the build context: folders' contents, files into a folder or under a name."""
     words = text.split()
-    options, (*sources, target) = [word for word in words if word.startswith("--")], [
-        word for word in words if not word.startswith("--")
-    ]
+    options, (*sources, target) = (
+        [word for word in words if word.startswith("--")],
+        [word for word in words if not word.startswith("--")],
+    )
     for source in (REPOSITORY / name for name in sources):
         place = root / target.lstrip("/")
         if source.is_dir():

@@ -69,6 +69,7 @@ class Services:
         """What a controller needs to use them, as compose gives it to the orchestrator."""
         return {
             "CADDIE_MLFLOW_URI": self.mlflow, "MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+            "CADDIE_OPTUNA_URL": self.optuna, "PGPASSWORD": PASSWORD,
         }  # fmt: skip
 
     @property
@@ -123,9 +124,7 @@ def bucket(services: Services) -> Iterator[None]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=services.s3_port, verbose=False)
     server.start()
     try:
-        s3_client(services).create_bucket(
-            Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION}
-        )
+        s3_client(services).create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
         yield
     finally:
         server.stop()
@@ -175,4 +174,3 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
         if server.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(f"{url} does not answer: {log.read_text()[-2000:]}")
         time.sleep(0.2)
-

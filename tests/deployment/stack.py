@@ -28,6 +28,7 @@ from tests.deployment.roots import IMAGES, Builder, Image, in_root  # noqa: E402
 from tests.deployment.services import Services  # noqa: E402
 
 OTHERS = ("postgres", "garage")
+ADDRESS = "10.77.0.1"  # of the sandbox's loopback: Slurm finds no host whose only address is 127.0.0.1
 HEALTHY_SECONDS = 180.0
 STUDY_SECONDS = 1500.0
 IN_SANDBOX = "CADDIE_TEST_SANDBOX"
@@ -51,7 +52,8 @@ class Stack:
         self.moved = {"./studies": studies}
         """Folders of the repository in whose place a test puts others."""
 
-        hosts = "127.0.0.1 localhost " + " ".join(self.services) + "\n"
+        ours = [name for name in self.services if name not in OTHERS]
+        hosts = f"127.0.0.1 localhost {' '.join(OTHERS)}\n{ADDRESS} {' '.join(ours)}\n"
         for image in self.images.values():
             (image.root / "etc/hosts").write_text(hosts)
 
@@ -60,7 +62,9 @@ class Stack:
     def image_of(self, name: str) -> Image:
         build = self.services[name]["build"]
         stage = build.get("target", "")
-        made = next(key for key, (file, its) in IMAGES.items() if f"docker/{file}" == build["dockerfile"] and stage in ("", its))
+        made = next(
+            key for key, (file, its) in IMAGES.items() if f"docker/{file}" == build["dockerfile"] and stage in ("", its)
+        )
         return self.images[made]
 
     def environment(self, name: str) -> dict[str, str]:
@@ -72,7 +76,11 @@ class Stack:
         found = {}
         for entry in self.services[name].get("volumes", []):
             source, target = entry.split(":")[:2]
-            place = self.moved.get(source, compose.DOCKER / source) if source.startswith(".") else self.folder / "volumes" / source
+            place = (
+                self.moved.get(source, compose.DOCKER / source)
+                if source.startswith(".")
+                else self.folder / "volumes" / source
+            )
             inside = self.image_of(name).root / target.lstrip("/")
             if not place.exists():
                 place.mkdir(parents=True)
@@ -81,11 +89,11 @@ class Stack:
             found[str(place)] = target
         return found
 
-    def command(self, name: str, words: list[str]) -> list[str]:
+    def command(self, name: str, words: list[str], *, user: str = "") -> list[str]:
         """A command as it runs in the service's container."""
         service, image = self.services[name], self.image_of(name)
         return in_root(
-            image.root, words, user=service.get("user", image.user), folder=image.folder, binds=self.binds(name),
+            image.root, words, user=user or service.get("user", image.user), folder=image.folder, binds=self.binds(name),
             host=service.get("hostname", name),
         )  # fmt: skip
 
@@ -126,7 +134,11 @@ class Stack:
                 continue
             process = self.up(needed)
             if condition["condition"] == "service_completed_successfully":
-                require(process.wait(STUDY_SECONDS) == 0, f"{needed} ended with {process.returncode}", self.folder / f"{needed}.log")
+                require(
+                    process.wait(STUDY_SECONDS) == 0,
+                    f"{needed} ended with {process.returncode}",
+                    self.folder / f"{needed}.log",
+                )
             else:
                 self.wait_until_healthy(needed, process)
         print(f"starting {name}", file=sys.stderr, flush=True)
@@ -151,8 +163,11 @@ def main(arguments: list[str]) -> int:
         return 2
     roots, folder, studies = (Path(argument).resolve() for argument in arguments)
     if IN_SANDBOX not in os.environ:
-        return subprocess.run(sandboxed([str(roots), str(folder), str(studies)]), env={**os.environ, IN_SANDBOX: "1"}, check=False).returncode
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        return subprocess.run(
+            sandboxed([str(roots), str(folder), str(studies)]), env={**os.environ, IN_SANDBOX: "1"}, check=False
+        ).returncode
+    for command in ("link set lo up", f"address add {ADDRESS}/32 dev lo"):
+        subprocess.run(["ip", *command.split()], check=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     stack = Stack(roots, folder, studies)
@@ -161,7 +176,20 @@ def main(arguments: list[str]) -> int:
         code = orchestrator.wait(STUDY_SECONDS)
         print((folder / "orchestrator.log").read_text(errors="replace"))
         require(stack.is_healthy("orchestrator"), "the orchestrator's own check fails", folder / "orchestrator.log")
+        if code == 0:
+            code = verify_on_node(stack)
     return code
+
+
+def verify_on_node(stack: Stack) -> int:
+    """`caddie verify` of one run, as the operators' page gives it; its exit code."""
+    run = min(path.name for path in (stack.folder / "volumes/home/runs").iterdir())
+    command = stack.command("slurm", ["caddie", "verify", run], user="caddie")
+    done = subprocess.run(
+        command, env=stack.environment("slurm"), capture_output=True, text=True, timeout=STUDY_SECONDS, check=False
+    )
+    print(done.stdout, done.stderr)
+    return done.returncode
 
 
 if __name__ == "__main__":

@@ -203,3 +203,10 @@ def test_the_first_study_is_sound_and_its_data_is_made_as_the_demo_makes_it() ->
     study = load_study(DOCKER / place.removeprefix("/"))
     assert study.resources.launcher == SLURM and not study.warnings()
     assert f"--vocab-size {PYDOC_VOCAB_SIZE}" in str(compose.read()["services"]["data"]["command"])
+
+
+def test_a_container_image_that_is_not_there_is_named_with_its_remedy(tmp_path: Path) -> None:
+    script = tmp_path / "trainer-python"
+    shutil.copy2(DOCKER / "trainer-python", script)
+    done = subprocess.run([script, "-c", "pass"], capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and f"{tmp_path}/trainer.sif" in done.stderr and "apptainer build" in done.stderr

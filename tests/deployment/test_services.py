@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -24,15 +25,31 @@ from tests.trainer.make_data import make_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SEEN = "environment-of-job"
-RESOURCES = f"""
+SEEN, STARTED = "environment-of-job", "started-in-container"
+RESOURCES = """
 [resources]
 launcher = "slurm"
 slots = 2
 timeout_minutes = 5
-setup = ["env > {SEEN}"]
+setup = ["env > {seen}", "export PATH={folder}:$PATH CADDIE_TRAINER_IMAGE={folder}/apptainer"]
+python = "{python}"
 """
-STUDY = micro.STUDY.partition("\n[resources]")[0] + RESOURCES
+APPTAINER = f"""#!/bin/sh
+# Starts the program that it is given, in no container.
+[ "$1 $2 $3" = "exec --nv --bind" ] && [ -d "$4" ] || exit 9
+shift 6
+echo "$@" >> {STARTED}
+exec {sys.executable} "$@"
+"""
+
+
+def study_text(folder: Path) -> str:
+    """The micro study, its trainer in a container of a runtime that is a stand-in."""
+    stand_in = folder / "apptainer"
+    stand_in.write_text(APPTAINER)
+    stand_in.chmod(0o755)
+    python = services.DOCKER / "trainer-python"
+    return micro.STUDY.partition("\n[resources]")[0] + RESOURCES.format(seen=SEEN, folder=folder, python=python)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ def deployment() -> Iterator[Deployment]:
             home = Home(folder / "home")
             home.data.mkdir(parents=True)
             make_data(home.data, name=micro.DATA)
-            study = micro.write_study(folder / "studies", STUDY)
+            study = micro.write_study(folder / "studies", study_text(folder))
             yield Deployment(home, found, cluster, study)
     finally:
         cluster.stop()
@@ -97,7 +114,9 @@ def ask(deployment: Deployment, path: str, **values: object) -> dict:
 def runs_of(deployment: Deployment) -> list[dict]:
     """MLflow's runs of the study."""
     experiment = ask(deployment, f"experiments/get-by-name?experiment_name={micro.NAME}")["experiment"]
-    return ask(deployment, "runs/search", experiment_ids=[experiment["experiment_id"]], max_results=1000).get("runs", [])
+    return ask(deployment, "runs/search", experiment_ids=[experiment["experiment_id"]], max_results=1000).get(
+        "runs", []
+    )
 
 
 def keys(deployment: Deployment) -> list[str]:
@@ -114,6 +133,18 @@ def test_a_study_goes_through_every_service_to_its_report(finished: Deployment) 
     assert not finished.home.mlflow_database.exists()
 
 
+def test_optunas_tables_hold_every_trial(finished: Deployment) -> None:
+    import psycopg
+
+    place = {"host": "127.0.0.1", "port": finished.services.postgres_port, "password": PASSWORD}
+    with psycopg.connect(**place, user="optuna", dbname="optuna") as connection:  # type: ignore[arg-type]
+        found = connection.execute(
+            "SELECT state FROM trials JOIN studies USING (study_id) WHERE study_name = %s", [micro.NAME]
+        )
+        assert [state for (state,) in found] == ["COMPLETE"] * micro.TRIALS
+    assert not finished.home.study(micro.NAME).optuna_journal.exists()
+
+
 def test_artifacts_lie_in_the_bucket_alone(finished: Deployment) -> None:
     listed = services.s3_client(finished.services).list_objects_v2(Bucket=services.BUCKET, Prefix="mlflow/")
     names = [entry["Key"].rpartition("/")[2] for entry in listed["Contents"]]
@@ -123,7 +154,9 @@ def test_artifacts_lie_in_the_bucket_alone(finished: Deployment) -> None:
 
 def test_nobody_is_let_in_without_the_password(finished: Deployment) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{finished.services.mlflow}/api/2.0/mlflow/experiments/search?max_results=1", timeout=30)
+        urllib.request.urlopen(
+            f"{finished.services.mlflow}/api/2.0/mlflow/experiments/search?max_results=1", timeout=30
+        )
     told = finished.caddie("doctor", "--json", MLFLOW_TRACKING_PASSWORD="wrong")
     (finding,) = [found for found in json.loads(told.stdout) if found["name"] == "MLflow"]
     assert finding["status"] == "warn" and "401" in finding["found"]
@@ -133,6 +166,12 @@ def test_no_job_is_given_a_password(finished: Deployment) -> None:
     seen = list(finished.home.runs.glob(f"*/{SEEN}"))
     assert len(seen) == len(micro.state(finished.home).run_ids)
     assert all("SLURM_JOB_ID" in path.read_text() and PASSWORD not in path.read_text() for path in seen)
+
+
+def test_every_trainer_is_started_by_the_containers_interpreter(finished: Deployment) -> None:
+    for run_id in micro.state(finished.home).run_ids:
+        run = finished.home.run(run_id)
+        assert f"{run.bundle} {run.root} --attempt 1" in (run.root / STARTED).read_text()
 
 
 def test_a_server_that_lost_everything_is_filled_again(finished: Deployment) -> None:

@@ -1,9 +1,12 @@
 import threading
 
 import pytest
+from fakes import tiny_study
+from make_controller import controller
 from make_mlflow import NAME, runs_by_key
 from make_study import Maker, make_record
 
+from orchestrator import background_mirror
 from orchestrator.background_mirror import BackgroundMirror
 from orchestrator.home import Home
 
@@ -73,3 +76,25 @@ def test_a_mirror_that_hangs_does_not_hold_the_controller(opened):
     background.close(timeout=0.05)
     blocked.set()
     assert "did not end within 0.05 s" in background.problem
+
+
+@pytest.mark.parametrize("harm", ["hangs", "is dead"])
+def test_a_study_comes_to_its_end_beside_an_mlflow_that(harm, home, monkeypatch):
+    blocked = threading.Event()
+
+    def sync(name):
+        if harm == "is dead":
+            raise ConnectionError("connection refused")
+        blocked.wait(60)
+        return []
+
+    mirror = FakeMirror()
+    mirror.sync = sync
+    monkeypatch.setattr(background_mirror, "Mirror", lambda home: mirror)
+    background = BackgroundMirror(home, "tiny")
+    real_close = background.close
+    background.close = lambda timeout=60.0: real_close(0.05 if harm == "hangs" else timeout)
+    state = controller(tiny_study(), home, mirror=background).run()
+    blocked.set()
+    assert state.closed == "finished" and all(trial.state == "complete" for trial in state.trials.values())
+    assert ("did not end" if harm == "hangs" else "connection refused") in background.problem

@@ -462,3 +462,59 @@ def test_a_comparison_by_turns_is_asked_for_with_a_preset_or_with_knobs():
         cli.make_parser().parse_args(["run", "pr1326", "--interleave", "--against", "pr1326-fisher"])
     )
     assert "quant.grid" in study.candidate_params
+
+
+# ---- plans, points, costs ----------------------------------------------------------------------------------------
+
+
+def study_file(folder: Path, data: Path, extra: str = "") -> Path:
+    text = Path(SHIPPED).read_text().replace('data = "pydoc"', f'data = "{data}"')
+    path = folder / "study.toml"
+    path.write_text(text.replace("[search]", f'[set]\n"model.vocab_size" = {VOCAB_SIZE}\n\n[search]') + extra)
+    return path
+
+
+def test_a_dry_run_prints_the_plan_and_submits_nothing(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study_file(tmp_path, small_data(home), "\n[budget]\nprice_per_gpu_hour = 2.5\n")
+    assert caddie(home, "study", "run", str(path), "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert f"plan of {NAME}" in out and "8 to ask, 8 runs" in out and "if it began now" in out
+    assert not Home(home).study_names() and not Home(home).runs.exists()
+    assert caddie(home, "study", "check", str(path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["runs"] == 14
+
+
+def test_a_cap_below_one_run_is_refused_by_the_check(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = study_file(tmp_path, small_data(home), "\n[budget]\ngpu_hours = 1.0\n")
+    path.write_text(path.read_text().replace("slots = 2", "gpus_per_run = 8"))
+    assert caddie(home, "study", "check", str(path)) == ConfigError.exit_code
+    assert "[budget] the study's cap of 1.00 GPU-hours is below" in capsys.readouterr().err
+
+
+def test_a_point_is_enqueued_by_hand_and_as_a_preset_has_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "study", "enqueue", NAME, "--set", "model.qk_gain=4.5") == 0
+    assert caddie(home, "study", "enqueue", NAME, "--from", "pr1493") == 0
+    told = capsys.readouterr()
+    assert "model.qk_gain = 4.5" in told.out and "(preset pr1493)" in told.out and "also differs" in told.err
+    assert caddie(home, "study", "enqueue", NAME, "--set", "model.qk_gain=4.5") == 0
+    assert "waits to be one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--set", "model.qk_gain=4.5", "--from", "pr1493"]])
+def test_a_point_has_one_source(home: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert caddie(home, "study", "enqueue", NAME, *options) == ConfigError.exit_code
+    assert "either --set KNOB=VALUE or --from SOURCE" in capsys.readouterr().err
+
+
+def test_the_costs_of_studies_are_told_by_phase(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_study(home)
+    assert caddie(home, "costs", NAME) == 0
+    out = capsys.readouterr().out
+    assert "Cost by phase" in out and "train" in out and "1 studies" in out
+    assert caddie(home, "costs", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["studies"][0]["study"] == NAME
+    assert caddie(home, "costs", "nowhere") == ConfigError.exit_code

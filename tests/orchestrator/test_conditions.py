@@ -229,3 +229,12 @@ def test_a_run_without_a_result_has_no_log_to_judge(run: RunDir) -> None:
     checks = checked(run)
     assert checks["c3.log"].status == UNDECIDED
     assert protocol.TTT not in {name.rpartition(".")[2] for name in checks if name.startswith("c4.tokens")}
+
+
+def test_a_model_that_learned_before_quantisation_fails_condition_three(tmp_path: Path) -> None:
+    run = make_audited(tmp_path / "before", knobs={"ttt.before_quantization": True})
+    measured = sound(run)
+    for name in [name for name in measured["probes"] if name.startswith("ttt_")]:
+        del measured["probes"][name]
+    assert "c3.before_quantization" in failures(checked(run, measured))
+    assert "c3.before_quantization" not in checked(make_audited(tmp_path / "after"))

@@ -187,6 +187,23 @@ def test_a_damaged_manifest_is_a_warning(tmp_path):
     assert doctor.data_sets(home)[0].status == WARN
 
 
+def test_a_home_that_others_may_write_to_is_told_of(tmp_path):
+    home = Home(tmp_path / "home")
+    home.root.mkdir(mode=0o700)
+    assert doctor.home_directory(home).status == OK
+    home.root.chmod(0o707)
+    found = doctor.home_directory(home)
+    assert (found.status, found.remedy) == (WARN, f"chmod go-w {home.root}")
+
+
+def test_a_tracking_server_that_is_away_is_told_of_with_its_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("CADDIE_MLFLOW_URI", "http://127.0.0.1:9")
+    found = doctor.mlflow_database(Home(tmp_path))
+    assert found.status == WARN and "127.0.0.1:9" in found.found and "MLFLOW_TRACKING_PASSWORD" in found.remedy
+    monkeypatch.setenv("CADDIE_MLFLOW_URI", "mlflow.db")
+    assert doctor.mlflow_database(Home(tmp_path)).status == WARN
+
+
 def test_a_damaged_mlflow_database_names_the_rebuild(tmp_path):
     home = Home(tmp_path)
     assert doctor.mlflow_database(home).status == OK

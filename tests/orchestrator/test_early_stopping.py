@@ -1,10 +1,13 @@
 import math
+import time
 
 import pytest
-from fakes import FakeLauncher, FakeSearch, Listener, tiny_study, write_plans
+from fakes import FakeLauncher, FakeSearch, Listener, scored, tiny_study, write_plans
+from hypothesis import given
+from hypothesis import strategies as st
 from make_controller import controller
 
-from orchestrator.early_stopping import Curve
+from orchestrator.early_stopping import Curve, is_cut_by_halving
 from orchestrator.launcher import LocalLauncher
 from trainer import protocol
 
@@ -125,3 +128,135 @@ def test_a_real_trial_that_falls_behind_is_stopped(home):
     state = controller(study, home, launcher=LocalLauncher(), search=Worse(), poll_seconds=0.02).run()
     assert [t.state for t in state.trials.values()] == ["complete"] * 3 + ["pruned"]
     assert list(state.trials[3].intermediate) == [500]
+
+
+# ------------------------------------------------------------------------------------------------ halving, disasters
+
+HALVING = '[stop_early]\nat_fracs = [0.25, 0.5]\nrule = "halving"\nreduction = 2\nstartup_trials = 2'
+
+
+class ByTrial(FakeLauncher):
+    """Logs the losses, and the tokens per second, that a trial is said to have."""
+
+    def __init__(self, losses, *, speeds=None, **fields):
+        super().__init__(**fields)
+        self.by_trial, self.speeds = losses, speeds or {}
+
+    def submit(self, run, attempt, *, tag, resources):
+        number = protocol.read_spec(run.spec).trial
+        self.losses = []
+        job_id = super().submit(run, attempt, tag=tag, resources=resources)
+        events = protocol.EventLog(run.attempt(attempt).events)
+        for step, (frac, loss) in enumerate(self.by_trial.get(number, [])):
+            events.metrics(
+                step, 0.1, train_loss=loss, elapsed_frac=frac, tokens_per_second=self.speeds.get(number, 1000.0)
+            )
+        return job_id
+
+
+def test_halving_lets_the_first_ones_go_on_and_then_the_best_half_of_all_that_got_there(home):
+    losses = {0: [(0.25, 3.0)], 1: [(0.25, 3.2)], 2: [(0.25, 3.1)], 3: [(0.25, 2.9), (0.5, 2.5)], 4: [(0.25, 2.95)]}
+    study = tiny_study(trials=5, slots=1, confirm=None, extra=HALVING)
+    listener = Listener()
+    state = controller(study, home, launcher=ByTrial(losses, polls=4), listener=listener).run()
+    assert [t.state for t in state.trials.values()] == ["complete", "complete", "pruned", "complete", "complete"]
+    (attempt,) = state.attempts_of(state.trials[2].runs[1])
+    assert attempt.stop_reason == "halving"
+    assert any("has 1 of 2 before it, 1 in 2 goes on" in note for note in listener.notes)
+    assert state.trials[2].intermediate == {250: 3.1}
+
+
+def test_halving_counts_trials_that_still_run_and_those_that_were_stopped(home):
+    losses = {n: [(0.25, 3.0 + 0.1 * n)] for n in range(4)}
+    study = tiny_study(trials=4, slots=4, confirm=None, extra=HALVING)
+    state = controller(study, home, launcher=ByTrial(losses, polls=4)).run()
+    assert [t.state for t in state.trials.values()] == ["complete", "complete", "pruned", "pruned"]
+
+
+@given(st.lists(st.floats(0, 10), min_size=3, max_size=40, unique=True), st.integers(2, 5))
+def test_of_a_set_that_arrived_whole_halving_keeps_about_one_in_so_many_and_always_the_best(losses, reduction):
+    kept = [
+        value
+        for value in losses
+        if not is_cut_by_halving(value, [x for x in losses if x != value], reduction=reduction, startup_trials=1)
+    ]
+    assert min(losses) in kept and len(kept) == max(1, len(losses) // reduction)
+
+
+def test_a_validation_loss_may_be_what_is_compared(home):
+    run = home.run("r")
+    events = protocol.EventLog(run.attempt(1).events)
+    events.metrics(1, 0.1, train_loss=9.0, elapsed_frac=0.5)
+    events.metrics(1, 0.1, val_loss=3.5, elapsed_frac=0.5)
+    curve = Curve(run, (500,), metric=protocol.VAL_LOSS)
+    curve.read()
+    assert curve.losses == {500: 3.5}
+
+
+def test_a_loss_that_is_no_number_stops_a_trial_at_once_wherever_it_is_in_its_schedule(home):
+    losses = {0: [(0.01, 3.0)], 1: [(0.01, math.nan)]}
+    study = tiny_study(trials=2, confirm=None, extra='[stop_early]\nrule = "disasters"')
+    state = controller(study, home, launcher=ByTrial(losses, polls=5)).run()
+    assert [t.state for t in state.trials.values()] == ["complete", "pruned"]
+    assert state.attempts_of(state.trials[1].runs[1])[0].stop_reason == "not a finite number"
+
+
+class Measured(ByTrial):
+    """A trainer whose results count their tokens."""
+
+    def _end(self, run, attempt):
+        self.behaviours = {"*": lambda *a: scored(*a, tokens=10_000, train_seconds=10.0)}
+        super()._end(run, attempt)
+
+
+def test_a_trial_far_slower_than_the_others_is_stopped(home):
+    losses = {n: [(0.1, 3.0)] for n in range(4)}
+    speeds = {2: 260.0, 3: 240.0}
+    study = tiny_study(trials=4, slots=1, confirm=None, extra='[stop_early]\nrule = "disasters"\nstartup_trials = 2')
+    listener = Listener()
+    launcher = Measured(losses, speeds=speeds, polls=4)
+    state = controller(study, home, launcher=launcher, listener=listener).run()
+    assert [t.state for t in state.trials.values()] == ["complete", "complete", "complete", "pruned"]
+    assert any("240 tokens per second are under 25% of the median 1,000" in note for note in listener.notes)
+    assert sum("is stopped" in note for note in listener.notes) == 1
+    assert state.trials[0].measures["tokens_per_second"] == 1000.0
+
+
+def test_the_first_steps_and_a_rule_without_a_floor_make_nobody_slow(home):
+    for plan, frac in (("min_throughput = 0.0", 0.1), ("", 0.01)):
+        extra = f'[stop_early]\nrule = "disasters"\nstartup_trials = 1\n{plan}'
+        study = tiny_study(trials=2, slots=1, confirm=None, extra=extra, name=f"of-{len(plan)}")
+        launcher = Measured({n: [(frac, 3.0)] for n in range(2)}, speeds={1: 1.0}, polls=4)
+        state = controller(study, home, launcher=launcher).run()
+        assert [t.state for t in state.trials.values()] == ["complete", "complete"]
+
+
+def test_a_seed_of_the_confirmation_is_never_stopped(home):
+    losses = {None: [(0.25, math.nan)], 0: [(0.25, 3.0)], 1: [(0.25, 3.0)]}
+    study = tiny_study(trials=2, extra=HALVING)
+    state = controller(study, home, launcher=ByTrial(losses, polls=4)).run()
+    assert {a.stop_reason for arm in state.arms.values() for r in arm.runs.values() for a in state.attempts_of(r)} == {
+        None
+    }
+
+
+@pytest.mark.parametrize("mode", ["", "deaf"])
+def test_a_trial_that_is_stopped_early_leaves_its_slot_within_five_seconds_even_if_it_does_not_listen(home, mode):
+    study = tiny_study(trials=2, confirm=None, slots=1, extra="[stop_early]\nat_fracs = [0.25]\nstartup_trials = 1")
+
+    class Second(FakeSearch):
+        def should_stop(self, number, per_mille, loss):
+            if number == 1:
+                self.asked_at = time.monotonic()
+            return number == 1
+
+        def tell(self, trial):
+            self.told_at = time.monotonic()
+
+        def begin(self, trial):
+            write_plans(home, {"*": {"step_seconds": 8.0 if mode and trial.number else 0.2, "mode": mode}})
+
+    search = Second()
+    state = controller(study, home, launcher=LocalLauncher(), search=search, poll_seconds=0.02).run()
+    assert [t.state for t in state.trials.values()] == ["complete", "pruned"]
+    assert search.told_at - search.asked_at < 5.0

@@ -18,7 +18,7 @@ def value(params):
 def evolve(trials, *, excess=lambda params: 0.0, seed=0):
     draw = random.Random(seed)
     seen = []
-    for number in range(trials):
+    for _ in range(trials):
         params = propose(SPACE, seen, draw.randrange(2**31))
         seen.append(Seen(params=params, value=value(params), excess=excess(params)))
     return seen

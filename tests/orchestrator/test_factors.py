@@ -2,7 +2,12 @@ import pytest
 
 from orchestrator.errors import ConfigError
 from orchestrator.factors import NoisePlan, cells_of, noise_cells, parse_factors, require_repeatable
+from orchestrator.home import Home
+from orchestrator.ledger import StudyState
+from orchestrator.plan import plan
 from orchestrator.preflight import runs_of
+from orchestrator.progress import runs_asked
+from orchestrator.purse import confirmation_cost, run_cost
 from orchestrator.study import load_preset, parse_study
 from trainer.config import with_knobs
 
@@ -69,6 +74,7 @@ def test_a_level_may_be_as_the_preset_has_it(smoke):
         ({"rate": {"one": {"ttt.lr": 0.1}}}, r"\[factors.rate\] needs at least two levels"),
         ({"rate": 3}, r"\[factors.rate\] needs at least two levels, each a table of knobs, got 3"),
         ({"rate": {"one": 1, "two": 2}}, r"\[factors.rate.one\] must be a table of knobs, got 1"),
+        ({"rate": {"sgd-0": {"002": {"ttt.lr": 0.1}}, "two": {}}}, r"\[factors.rate.sgd-0\] must hold knobs, got a table '002'"),
         ({"rate": {"one+": {}, "two": {}}}, r"names must be lower-case letters, .* got 'one\+'"),
         ({"rate": {"one": {"ttt.lrr": 1}, "two": {}}}, "there is no knob 'ttt.lrr'"),
         ({"rate": {"one": {"ttt.lr": -1.0}, "two": {}}}, r"\[factors\] cell one: ttt.lr must be at least 0"),
@@ -133,3 +139,17 @@ def test_pure_re_runs_differ_in_order_and_in_number_alone(smoke):
     study = parse_study(HEAD + NOISE)
     assert study.plan_text() == "6 cells, 2 orders of the data, 3 times each, on seeds 42, 314, 999"
     assert runs_of(study) == 18
+
+
+def test_the_budget_counts_every_cell_on_every_seed(tmp_path):
+    study = parse_study(HEAD + FACTORS + "\n[resources]\ngpus_per_run = 1\n")
+    assert confirmation_cost(study) == pytest.approx(6 * 3 * run_cost(study))
+    planned = plan(study, Home(tmp_path), slots=2)
+    assert (planned.trials, planned.confirmation_runs) == (0, 18)
+    assert runs_asked(study, StudyState()) == 18
+
+
+def test_runs_that_train_nothing_are_given_no_time_to_train():
+    resources = '\n[resources]\nlauncher = "slurm"\ngpus_per_run = 1\n'
+    whole, scoring = (parse_study(HEAD + source + FACTORS + resources) for source in ("", 'from = "base"\n'))
+    assert whole.timeout_minutes - scoring.timeout_minutes == pytest.approx(whole.config.limits.train_seconds / 60)

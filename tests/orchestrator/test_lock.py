@@ -198,6 +198,18 @@ def test_without_any_flock_a_live_process_of_this_host_is_named(study, monkeypat
         assert str(os.getpid()) in str(lock.holder(study))
 
 
+def test_a_file_system_without_hard_links_will_do(study, monkeypatch):
+    def no_links(_source, _target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(lock.os, "link", no_links)
+    left_by(study, pid=2**22 + 1)
+    with lock.held(study) as lease:
+        assert study.controller.read_bytes() == lease.content
+        with pytest.raises(FileExistsError):
+            lock.Lease(study).create()
+
+
 def test_a_damaged_name_is_taken_over_once_it_is_seen_to_last(study, short_times):
     study.root.mkdir()
     study.controller.write_text("{")

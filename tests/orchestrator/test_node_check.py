@@ -230,7 +230,18 @@ def test_a_gpu_that_the_driver_does_not_list_and_a_driver_that_fails_are_refused
     assert node_check.check_gpus(two, Demands(gpus=2)) == ("failed", "nvidia-smi lists 1 of 2 GPUs")
     smi(["Unable to determine the device handle for GPU0: Unknown Error"], code=15)
     status, said = node_check.check_gpus(two, Demands(gpus=2))
-    assert status == "failed" and "Unable to determine the device handle" in said
+    assert (status, "nvidia-smi: Unable to determine the device handle" in said) == ("failed", True)
+
+
+def test_a_driver_that_does_not_know_a_field_is_asked_for_the_others(node, smi, tmp_path):
+    smi([SOUND.rpartition(", 4,")[0] + ", 4"] * 2)
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in *throttle*) echo "Field is not a valid field to query." >&2; exit 2;; esac\n'
+        f"cat {program.parent}/answer\n"
+    )
+    status, said = node_check.check_gpus(dataclasses.replace(node, gpus="0,1"), Demands(gpus=2, gpu_memory_gib=80))
+    assert (status, said) == ("passed", "2 × NVIDIA H100 80GB HBM3 at up to None MHz")
 
 
 def test_where_there_is_no_nvidia_smi_nothing_is_decided(node, monkeypatch):

@@ -94,3 +94,23 @@ def test_cancelling_without_a_controller_asks_each_job_and_puts_it_on_record(sea
 
 def test_a_finished_study_has_nothing_to_stop(tmp_path: Path) -> None:
     assert "nothing to stop" in oversight.ask_to_stop(make_study(tmp_path), NAME, cancel=True)
+
+
+def test_a_study_whose_controller_has_not_yet_opened_it_is_running_and_can_be_asked_to_stop(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with lock.held(home.study(NAME)):
+        assert oversight.status(home, NAME).state == "running"
+        assert "asked its controller" in oversight.ask_to_stop(home, NAME, cancel=False)
+    assert home.study(NAME).stop.exists()
+
+
+def test_refused_nodes_and_the_log_of_a_detached_controller_are_told(searching: Home) -> None:
+    book = Ledger(searching.study(NAME).ledger)
+    (job, *_) = running(searching)
+    ended = {"status": "failed", "failure": "node", "seconds": 0.0, "gpus": 8, "nodes": ["node7"], "is_refused": True}
+    book.append(ledger.ENDED, run_id=job.run_id, attempt=job.number, **ended)
+    searching.study(NAME).log.write_text("")
+    found = oversight.status(searching, NAME)
+    assert (found.excluded_nodes, found.log) == (["node7"], str(searching.study(NAME).log))
+    assert "excluded   node node7" in oversight.as_text(found)
+    assert book.state().standing(job.run_id, max_attempts=1) == ledger.WANTED, "a refused node costs the run no attempt"

@@ -170,6 +170,14 @@ def test_a_technique_that_reviewers_refuse_is_refused_by_its_knob(home: Home) ->
     assert "evaluation.slot_steps = 8 is not accepted" in refusal(home)
 
 
+def test_a_model_that_learned_before_quantisation_is_refused(home: Home) -> None:
+    for run in runs(home):
+        spec = read_spec(run.spec)
+        config = {**spec.config, "ttt": {**spec.config["ttt"], "before_quantization": True}}
+        write_spec(run.spec, dataclasses.replace(spec, config=config))
+    assert "ttt.before_quantization = True is not accepted in submissions" in refusal(home)
+
+
 def test_all_that_speaks_against_a_set_is_said_at_once(home: Home) -> None:
     first, second, _ = runs(home)
     change_result(first, artifact_bytes=17_000_000)

@@ -145,7 +145,7 @@ def test_a_seed_that_failed_takes_its_information_and_nothing_else():
     found = race(
         [[1.0], [1.0, 1.01], [1.0, 1.01, 1.0]], [[1.2, 1.21], [1.2, 1.21, 1.2], [1.2, 1.21, 1.2, 1.21]], planned=planned, rules=rules
     )  # fmt: skip
-    assert [look.counts for look in found.looks][0] == (1, 2)
+    assert found.looks[0].counts == (1, 2)
     assert found.verdict == BETTER
 
 
@@ -160,7 +160,7 @@ def test_a_race_ends_at_the_look_that_decides_it_and_at_the_last_seed():
     rules, planned = Rules(alpha=0.05), [(2, 0), (3, 0)]
     decided = race([[1.0, 1.0001], [2.0, 2.0, 2.0]], 1.08, planned=planned, rules=rules)
     assert len(decided.looks) == 1 and decided.is_over
-    open_to_the_end = race([[1.0788, 1.0796], [1.0788, 1.0796, 1.0801]], 1.08, planned=planned, rules=rules)
+    open_to_the_end = race([[1.0788, 1.0791], [1.0788, 1.0791, 1.0801]], 1.08, planned=planned, rules=rules)
     assert [look.verdict for look in open_to_the_end.looks] == [OPEN, OPEN]
     assert open_to_the_end.is_over and open_to_the_end.looks[-1].chance is None
 

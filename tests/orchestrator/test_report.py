@@ -80,7 +80,7 @@ def test_the_page_holds_every_plot_and_table_and_each_link_leads_somewhere(finis
         "Gates", "Record: best", "Record: preset", "Seeds", "Bits per byte by stage", "Tests", "At equal steps and equal time",
         "Loss by step", "Loss by seconds", "Loss by tokens", "Trials and best so far", "Score and size", "Value by knob",
         "Knob importance", "Bytes by group", "Knobs", "Stages", "Bytes", "Phases", "Throughput", "Trials", "Started runs",
-        "The whole family", "Cited lines", "What it was made of", "How to repeat it",
+        "The whole family", "Cited lines", "What it was made of", "Cost by phase", "How to repeat it",
     ]  # fmt: skip
     for target in page.targets:
         if target.startswith("#"):

@@ -14,11 +14,26 @@ from optuna.trial import TrialState
 from orchestrator import ledger
 from orchestrator.errors import ConfigError, MachineError, StorageError
 from orchestrator.ledger import StudyState, Trial
-from orchestrator.search import Search, is_worse_than_median, knob_importance, propose, sampler_of, seed_of
+from orchestrator.search import (
+    Search,
+    is_worse_than_median,
+    knob_importance,
+    learned,
+    propose,
+    sampler_of,
+    seed_of,
+    space_of,
+)
 from orchestrator.space import Choice, NumberRange
 from trainer.protocol import SLIDING
 
 DECAY, RATE = "optim.muon_weight_decay", "ttt.lr"
+
+
+GRID = {
+    DECAY: NumberRange(low=0.01, high=0.3, step=0.05),
+    RATE: Choice(values=(0.001, 0.002, 0.004)),
+}
 
 
 def study_with(**search):
@@ -72,9 +87,11 @@ def test_the_first_trial_is_the_preset(tmp_path):
     assert search_on(study, tmp_path).ask(0) == study.preset_params()
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "qmc", "cmaes", "grid"])
 def test_a_restart_goes_on_with_what_would_have_been_proposed(tmp_path, sampler):
     study = study_with(sampler=sampler)
+    if sampler == "grid":
+        study = dataclasses.replace(study, space=GRID)
     unbroken = search_on(study, tmp_path / "a")
     expected = go_on(unbroken, study, range(10))
     first = search_on(study, tmp_path / "b")
@@ -303,3 +320,111 @@ def test_the_gaussian_process_says_that_it_needs_torch(monkeypatch):
 
 def test_the_objective_does_not_matter_to_the_search(tmp_path):
     assert propose(study_with(objective=SLIDING), {}, 3) == propose(study_with(), {}, 3)
+
+
+# ------------------------------------------------------------------------------------------------ limits, objectives, grids
+
+
+def test_a_point_that_breaks_a_limit_turns_the_sampler_away_though_its_score_is_lower(tmp_path):
+    """The score falls with the decay, the file is over the cap beyond 0.15."""
+    study = study_with()
+    trials = {}
+    for number in range(24):
+        decay = 0.01 + 0.29 * ((number * 7) % 24) / 23
+        over = {"artifact_bytes": 1e6 * (decay - 0.15)}
+        trials[number] = trial(number, point(decay), value=2.0 - decay, constraints=over)
+    free = {n: dataclasses.replace(t, constraints={"artifact_bytes": -1.0}) for n, t in trials.items()}
+    bound = [propose(study, trials, 24, salt=salt)[DECAY] for salt in range(12)]
+    unbound = [propose(study, free, 24, salt=salt)[DECAY] for salt in range(12)]
+    assert sorted(bound)[6] < 0.17 < sorted(unbound)[6]
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "not_finite", "over_cap"])
+def test_a_point_that_failed_by_itself_is_learned_from_and_one_that_the_machine_failed_is_not(kind):
+    study = study_with(sampler="cmaes", startup_trials=2)
+    space = space_of(study)
+    good = [trial(n, point(0.05 + 0.01 * n), value=1.0 + n, constraints={"artifact_bytes": -5.0}) for n in range(3)]
+    failed = trial(3, point(0.2), state=ledger.FAILED, failure=kind)
+    lost = trial(4, point(0.21), state=ledger.FAILED, failure="infrastructure")
+    seen = learned(study, state_of(*good, failed, lost).trials, space)
+    assert [t.state for t in seen] == [TrialState.COMPLETE] * 4 + [TrialState.FAIL]
+    assert seen[3].value == 3.0 and seen[3].constraints == {"artifact_bytes": 0.0, "failed": 1.0}
+    assert seen[0].constraints["failed"] == 0.0 and seen[0].constraints["artifact_bytes"] < 0
+
+
+def test_excesses_are_shares_of_their_limits_so_that_bytes_do_not_drown_seconds():
+    study = study_with()
+    over = {
+        "artifact_bytes": study.limits["artifact_bytes"] * 0.01,
+        "train_seconds": study.limits["train_seconds"] * 0.5,
+    }
+    (seen,) = learned(study, state_of(trial(0, point(0.1), constraints=over)).trials, space_of(study))
+    assert seen.constraints == {"artifact_bytes": pytest.approx(0.01), "train_seconds": pytest.approx(0.5)}
+
+
+def test_every_trial_names_the_same_limits_whatever_was_measured_of_it():
+    """The Gaussian process refuses trials that name different ones."""
+    study = study_with(sampler="gp", startup_trials=2)
+    trials = state_of(
+        trial(0, point(0.05), value=1.0, constraints={"artifact_bytes": -1.0}),
+        trial(1, point(0.1), value=1.1, constraints={"artifact_bytes": 2.0, "peak_memory_bytes": -1.0}),
+        trial(2, point(0.2), value=1.2, constraints={}),
+        trial(3, point(0.25), state=ledger.FAILED, failure="out_of_memory"),
+        trial(4, point(0.15), state=ledger.PRUNED, intermediate={500: 3.0}),
+    ).trials
+    assert len({tuple(t.constraints) for t in learned(study, trials, space_of(study))}) == 1
+    assert set(propose(study, trials, 5)) == {DECAY, RATE}
+    assert propose(study, trials, 5) == propose(study, trials, 5)
+
+
+def several(**search):
+    return study_with(also_minimize=("artifact_bytes", "train_seconds"), **search)
+
+
+def measured(number, decay, size, **fields):
+    measures = {"artifact_bytes": size, "train_seconds": 300.0}
+    return trial(number, point(decay), value=1.0 + decay, measures=measures, **fields)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "qmc"])
+def test_several_objectives_are_searched_and_shown_with_pruned_and_failed_trials_among_them(tmp_path, sampler):
+    study = several(sampler=sampler, startup_trials=2)
+    trials = [measured(n, 0.05 + 0.02 * n, 1000.0 - n, constraints={"artifact_bytes": -1.0}) for n in range(4)]
+    trials += [
+        trial(4, point(0.2), state=ledger.PRUNED, intermediate={500: 3.0}),
+        trial(5, point(0.21), state=ledger.FAILED, failure="out_of_memory"),
+        trial(6, point(0.22), state=ledger.RUNNING),
+    ]
+    search = search_on(study, tmp_path, state_of(*trials))
+    assert set(search.ask(7)) == {DECAY, RATE}
+    done = trials[6]
+    done.state, done.value, done.measures = ledger.COMPLETE, 1.22, {"artifact_bytes": 5.0, "train_seconds": 9.0}
+    done.intermediate, done.constraints = {500: 2.0}, {"artifact_bytes": -2.0}
+    search.tell(done)
+    last = journal(tmp_path)[6]
+    assert search.problem is None and last.values == [1.22, 5.0, 9.0] and last.constraints == {"artifact_bytes": -2.0}
+    assert knob_importance(study, state_of(*trials)).keys() == study.space.keys()
+
+
+def test_a_trial_of_which_an_objective_was_not_measured_is_none_of_the_front(tmp_path):
+    search = search_on(several(), tmp_path, state_of(trial(0, point(0.05), value=1.0)))
+    assert [t.state for t in journal(tmp_path)] == [TrialState.FAIL]
+    assert set(search.ask(1)) == {DECAY, RATE}
+
+
+def test_a_grid_is_gone_through_whole_in_an_order_of_the_studys_own_and_none_twice(tmp_path):
+    study = dataclasses.replace(study_with(sampler="grid"), space=GRID)
+    asked = go_on(search_on(study, tmp_path), study, range(19))[1:]
+    points = {(round(params[DECAY], 6), params[RATE]) for params in asked}
+    assert len(points) == 18 and {decay for decay, _ in points} == {0.01, 0.06, 0.11, 0.16, 0.21, 0.26}
+    other = dataclasses.replace(study, name="other")
+    assert propose(other, {}, 1) != propose(study, {}, 1)
+    taken = {n: trial(n, params) for n, params in enumerate(asked)}
+    assert propose(study, taken, 99) in [t.params for t in taken.values()]  # all are taken: a run that is there already
+
+
+def test_evolution_begins_at_random_and_then_comes_closer(tmp_path):
+    study = study_with(sampler="cmaes", startup_trials=6)
+    asked = go_on(search_on(study, tmp_path), study, range(60))
+    early, late = asked[1:20], asked[40:]
+    assert sum(abs(p[DECAY] - 0.05) for p in late) / len(late) < sum(abs(p[DECAY] - 0.05) for p in early) / len(early)

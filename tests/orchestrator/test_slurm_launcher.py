@@ -151,6 +151,11 @@ def test_a_submission_from_within_a_job_is_not_shaped_by_that_job(name, named, h
     assert is_hidden(name, named) == hidden
 
 
+@pytest.mark.parametrize("name", ["MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PGPASSWORD", "HF_TOKEN"])
+def test_a_job_is_not_given_what_lets_the_controller_into_servers(name):
+    assert is_hidden(name) and not is_hidden("CADDIE_HOME")
+
+
 REFUSALS = {
     "sbatch: error: invalid partition specified: nope\nsbatch: error: Batch job submission failed: Invalid partition name specified":
         "invalid partition specified: nope; Batch job submission failed: Invalid partition name specified",

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from fakes import study_text, tiny_study
@@ -75,6 +76,43 @@ CASES = [
     ("slots = 2", "slots = 2\n[stop_early]\nat_fracs = [1.0]", "at_fracs must lie between 0.001 and 0.999, got 1.0"),
     ("slots = 2", "slots = 2\n[stop_early]\nstartup_trials = 0", "[stop_early] startup_trials must be at least 1"),
     ("[resources]\nslots = 2", "resources = 3", "[resources] must be a table, got 3"),
+    ("trials = 4", 'trials = 4\nalso_minimize = ["bytes"]', "[search] also_minimize must be one of artifact_bytes"),
+    ("trials = 4", 'trials = 4\nsampler = "cmaes"\nalso_minimize = ["eval_seconds"]', '"cmaes" has one objective'),
+    ("trials = 4", 'trials = 4\nsampler = "grid"', 'sampler = "grid" needs a step'),
+    (
+        "[search]\n",
+        '[space."quant.coder"]\nchoices = ["entropy", "brotli"]\n[search]\nsampler = "cmaes"\n',
+        "choices have no direction",
+    ),
+    ("slots = 2", 'slots = 2\n[stop_early]\nrule = "median "', "[stop_early] rule must be one of median"),
+    ("slots = 2", 'slots = 2\n[stop_early]\nmetric = "loss"', "[stop_early] metric must be one of train_loss"),
+    ("slots = 2", "slots = 2\n[stop_early]\nreduction = 1", "[stop_early] reduction must be at least 2, got 1"),
+    (
+        "slots = 2",
+        "slots = 2\n[stop_early]\nmin_throughput = 1.0",
+        "[stop_early] min_throughput must lie between 0 and 1",
+    ),
+    ("seeds = [42, 314]", "seeds = [42, 314]\nfirst = 3", "[confirm] first goes with sequential = true"),
+    ("seeds = [42, 314]", "seeds = [42, 314]\nsequential = true\nfirst = 3", "[confirm] first must lie between 2 and"),
+    ("seeds = [42, 314]", "seeds = [42, 314]\nsequential = true\nstep = 0", "[confirm] step must be at least 1, got 0"),
+    (
+        "seeds = [42, 314]",
+        "seeds = [42, 314]\nsequential = true\nalpha = 0.5",
+        "[confirm] alpha must lie between 0 and 0.5",
+    ),
+    (
+        "seeds = [42, 314]",
+        "seeds = [42, 314]\nsequential = true\nmargin = -1.0",
+        "[confirm] margin must not be negative",
+    ),
+    ("slots = 2", "slots = 2\n[constraints]\nartifact = 3", "[constraints] has no key 'artifact'"),
+    (
+        "slots = 2",
+        "slots = 2\n[constraints]\nartifact_bytes = 0",
+        "[constraints] artifact_bytes must be a number above 0",
+    ),
+    ("slots = 2", "slots = 2\n[budget]\ngpu_hours = -1", "[budget] gpu_hours must not be negative, got -1.0"),
+    ("slots = 2", "slots = 2\n[budget]\ncost = 5", "[budget] a cap in money needs a price"),
 ]
 
 
@@ -108,6 +146,40 @@ def test_a_missing_study_file_is_answered_with_the_nearest_shipped_one(tmp_path)
     with pytest.raises(ConfigError, match="there is no such study file") as caught:
         load_study(tmp_path / "wd-qk-ttt-smok")
     assert "wd-qk-ttt-smoke" in caught.value.hint
+
+
+@pytest.mark.parametrize("where", [SHIPPED_STUDIES / "ttt-vs-gptq", Path("ttt-vs-gptq")])
+def test_a_study_may_be_a_folder_and_stands_for_its_file(where):
+    assert load_study(where).name == "ttt-vs-gptq"
+
+
+def test_a_folder_without_a_study_is_told_apart_from_one_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder, not a study file, and holds no study.toml"):
+        load_study(tmp_path)
+    with pytest.raises(ConfigError, match="there is no such study file") as caught:
+        load_study(tmp_path / "ttt-vs-gpt")
+    assert "ttt-vs-gptq" in caught.value.hint
+
+
+IN_FOLDERS = [path for path in sorted(SHIPPED_STUDIES.glob("*/*.toml")) if path.parent.name != "presets"]
+
+
+@pytest.mark.parametrize("path", IN_FOLDERS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_study_in_a_folder_is_valid_and_named_after_it(path):
+    assert load_study(path).name.startswith(path.parent.name)
+
+
+def test_the_three_studies_ask_what_their_pages_say():
+    gptq, smoke = (load_study(SHIPPED_STUDIES / "ttt-vs-gptq" / name) for name in ("study.toml", "smoke.toml"))
+    assert gptq.factors == smoke.factors and len(gptq.cells) == 18
+    assert gptq.from_runs == ("ttt-vs-gptq-proxy",)
+    proxy = load_study(SHIPPED_STUDIES / "ttt-vs-gptq" / "proxy.toml")
+    assert (proxy.name, proxy.config, len(proxy.confirm.seeds)) == ("ttt-vs-gptq-proxy", gptq.config, 3)
+    full = load_study(SHIPPED_STUDIES / "wd-qk-ttt")
+    assert (full.preset, full.resources.gpus_of_run, len(full.confirm.seeds)) == ("pr1326", 8, 3)
+    assert set(full.space) == set(load_study(Path("wd-qk-ttt-smoke")).space)
+    floor = load_study(SHIPPED_STUDIES / "noise-floor")
+    assert len(floor.cells) * len(floor.confirm.seeds) == 18
 
 
 def test_a_preset_may_be_a_file_and_its_errors_name_it(tmp_path):
@@ -220,3 +292,26 @@ def test_resources_that_a_cluster_cannot_give_are_refused_with_the_rule(lines, m
 def test_a_record_on_a_cluster_keeps_its_options_of_sbatch():
     asked = {"launcher": "slurm", "gpus_per_run": 8, "sbatch": {"mem": "0", "overcommit": True}}
     assert record_study("smoke", data="d", seeds=(1,), knobs={}, resources=asked).resources.sbatch == asked["sbatch"]
+
+
+def test_a_grid_has_as_many_trials_as_points_and_the_preset():
+    text = study_text().replace("high = 0.3", "high = 0.3\nstep = 0.1").replace("log = true", "step = 0.01")
+    grid = text.replace("trials = 4", 'trials = 16\nsampler = "grid"')
+    assert parse_study(grid).search.trials == 16  # three by five, and the preset
+    with pytest.raises(ConfigError, match="trials must be at most 16, the grid's 15 points and the preset; got 17"):
+        parse_study(grid.replace("trials = 16", "trials = 17"))
+
+
+def test_a_race_without_a_search_needs_somebody_to_race_against():
+    source = record_study("smoke", data="d", seeds=(1, 2, 3), knobs={}).source
+    racing = source.replace("[confirm]", "[confirm]\nsequential = true")
+    with pytest.raises(ConfigError, match="needs two arms, and nothing is searched"):
+        parse_study(racing)
+    assert parse_study(racing.replace("sequential = true", 'sequential = true\nagainst = "pr1493"')).confirm.sequential
+
+
+def test_limits_are_the_configurations_and_the_studys_own():
+    study = tiny_study(extra="[constraints]\nartifact_bytes = 400_000\npeak_memory_bytes = 8e9")
+    assert study.limits["artifact_bytes"] == 400_000 and study.limits["peak_memory_bytes"] == 8e9
+    assert study.limits["train_seconds"] == study.config.limits.train_seconds
+    assert tiny_study().limits["artifact_bytes"] == 500_000

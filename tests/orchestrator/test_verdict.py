@@ -74,3 +74,26 @@ def test_a_failed_result_that_names_no_cause_fails_the_trial():
         verdict(STUDY, {1: result(status=protocol.FAILED, scores={})}).reason
         == "code: the result holds no score (seed 1)"
     )
+
+
+def test_what_the_runs_took_is_that_of_the_worst_seed():
+    slow = result(peak_memory_bytes=7, train_seconds=250.0, tokens=500)
+    fast = result(peak_memory_bytes=9, train_seconds=200.0, tokens=1000)
+    found = verdict(STUDY, {1: slow, 2: fast}).measures
+    assert found == {
+        "artifact_bytes": CAP, "train_seconds": 250.0, "eval_seconds": 10.0, "peak_memory_bytes": 9.0, "tokens_per_second": 2.0,
+    }  # fmt: skip
+
+
+def test_a_study_may_have_limits_of_its_own_on_what_is_measured():
+    study = tiny_study(extra="[constraints]\nartifact_bytes = 400_000\npeak_memory_bytes = 5\ntokens_per_second = 3")
+    found = verdict(study, {1: result(peak_memory_bytes=7, tokens=600)})
+    assert found.constraints == {
+        "artifact_bytes": CAP - 400_000, "train_seconds": 0.0, "eval_seconds": -290.0, "peak_memory_bytes": 2.0,
+        "tokens_per_second": 1.0,
+    }  # fmt: skip
+    assert "peak_memory_bytes" not in verdict(study, {1: result()}).constraints  # the CPU measures none
+
+
+def test_the_kind_of_a_failure_is_told():
+    assert verdict(STUDY, {1: broken(protocol.OUT_OF_MEMORY)}).failure == protocol.OUT_OF_MEMORY

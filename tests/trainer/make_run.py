@@ -10,11 +10,11 @@ from typing import Any
 
 from orchestrator import bundle
 from orchestrator.home import Home
-from orchestrator.runs import RunRequest, RunStore
+from orchestrator.runs import RunRequest, RunStore, part_of
 from orchestrator.study import load_preset
 from tests.trainer.make_data import VOCAB_SIZE
 from trainer.config import Config, with_knobs
-from trainer.protocol import AttemptDir, DataDir, Result, RunDir, read_lines, read_result, sha256_of
+from trainer.protocol import ARTIFACT, AttemptDir, DataDir, Result, RunDir, read_lines, read_result, sha256_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,13 +32,15 @@ def micro_config(**knobs: Any) -> Config:
 
 
 def plan(
-    home: Path, data: Path, config: Config, *, seed: int = 1, replicate: int = 0, source: RunDir | None = None
-) -> RunDir:
-    """The directory of a run, ready to be started; with a source in the same home, one that scores its model again."""
+    home: Path, data: Path, config: Config, *, seed: int = 1, replicate: int = 0, source: RunDir | None = None,
+    part: str = ARTIFACT,
+) -> RunDir:  # fmt: skip
+    """The directory of a run, ready to be started; with a source in the same home, one that takes that part of it."""
     request = RunRequest(
         preset="smoke", config=config, seed=seed, replicate=replicate, data_dir=str(data),
         manifest_sha256=sha256_of(DataDir(data).manifest),
-        source=source.run_id if source else "", source_sha256=sha256_of(source.artifact) if source else "",
+        source=source.run_id if source else "", source_part=part,
+        source_sha256=sha256_of(part_of(source, part)) if source else "",
     )  # fmt: skip
     return RunStore(Home(home)).plan(request, bundle=bundle.build(config), code={})
 

@@ -14,7 +14,7 @@ from tests.trainer.make_data import manifest_in
 from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
 from trainer import artifact, protocol
 from trainer.main import LOG_LINES
-from trainer.protocol import RunDir, read_lines, read_result, read_spec, sha256_of
+from trainer.protocol import WEIGHTS, RunDir, read_lines, read_result, read_spec, sha256_of
 from trainer.quantize import LEFT
 from trainer.ttt import PARITY_TOLERANCE
 
@@ -201,6 +201,40 @@ def test_a_stored_model_is_scored_again_with_other_knobs_and_no_training(finishe
         stage: score.nats for stage, score in result.scores.items()
     }
     assert found.chains == result.chains  # the same chunks, to the bit
+
+
+@pytest.mark.slow
+def test_stored_weights_are_quantised_anew_as_if_they_had_just_been_trained(finished, prepared):
+    """A coder is no part of the weights: another one must give the same stored model as the run that trained them."""
+    run, attempt = finished
+    again = plan(run.root.parents[1], prepared, micro_config(quant__coder="brotli"), source=run, part=WEIGHTS)
+    result, before = result_of(execute(again)), result_of(attempt)
+    assert (result.status, result.steps, result.train_seconds) == (protocol.COMPLETE, 0, 0.0)
+    assert "train" not in result.phases and "calibrate" in result.phases
+    for stage in (protocol.POST_EMA, protocol.ROUNDTRIP, protocol.SLIDING, protocol.TTT):
+        assert replace(result.scores[stage], seconds=0) == replace(before.scores[stage], seconds=0), stage
+    files = [artifact.load(path.read_bytes(), "artifact") for path in (again.artifact, run.artifact)]
+    assert all(torch.equal(one, other) for one, other in zip(*(file.state().values() for file in files), strict=True))
+    assert not again.weights.exists()  # they are the source's
+    assert problems([event for _, event in read_lines(again.attempt(1).events)], result) == []
+
+
+@pytest.mark.slow
+def test_weights_that_learn_before_quantisation_are_scored_once_and_the_log_says_so(finished, prepared, tmp_path):
+    run, attempt = finished
+    knobs = {"ttt__before_quantization": True, "ttt__lr": 0.5, "quant__method": "rtn"}
+    again = plan(run.root.parents[1], prepared, micro_config(**knobs), source=run, part=WEIGHTS)
+    result, before = result_of(execute(again)), result_of(attempt)
+    assert result.status == protocol.COMPLETE
+    assert set(result.scores) == {protocol.POST_EMA, protocol.ROUNDTRIP, protocol.SLIDING}
+    assert result.parity_nats is None and "adapt" in result.phases
+    assert result.scores["post_ema"].bpb < before.scores["post_ema"].bpb - 0.01  # it has learned what it is scored on
+    assert result.scores["sliding"].bpb < before.scores["sliding"].bpb
+    warned = [e["name"] for _, e in read_lines(again.attempt(1).events) if e["kind"] == protocol.WARNING]
+    assert "learned_before_quantization" in warned
+    lone = alone(again, tmp_path / "lone")
+    assert recheck(lone.root, prepared).returncode == 0
+    assert read_result(lone.recheck).scores.keys() == {protocol.ROUNDTRIP, protocol.SLIDING}
 
 
 @pytest.mark.slow

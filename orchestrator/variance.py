@@ -33,8 +33,10 @@ class Component:
     """Estimated, never below 0."""
 
     low: float
-    high: float
-    """Ends of the interval of the variance."""
+    """Lower end of the interval of the variance."""
+
+    high: float | None
+    """Upper end; None where nothing is known of it."""
 
     degrees_of_freedom: float
     p: float | None = None
@@ -170,7 +172,11 @@ def as_table(found: Noise) -> Table:
 
 
 def _interval(part: Component) -> str:
-    return f"{bpb(math.sqrt(part.low))} to {bpb(math.sqrt(part.high))}" if part.variance else ABSENT
+    """The interval of σ."""
+    if not part.variance:
+        return ABSENT
+    low = bpb(math.sqrt(part.low))
+    return f"above {low}" if part.high is None else f"{low} to {bpb(math.sqrt(part.high))}"
 
 
 def claim(evidence: Evidence) -> str:
@@ -178,14 +184,9 @@ def claim(evidence: Evidence) -> str:
     found = noise(scores_of(evidence))
     if found is None:
         return "There are not yet two initialisations with every order of the data and every equal run."
-    parts = ", ".join(f"{part.std:.5f} from {part.source}" for part in found.components[:-1])
-    total = found.total
-    spread = (
-        f" ({CONFIDENCE:.0%} interval {math.sqrt(total.low):.5f} to {math.sqrt(total.high):.5f})"
-        if total.variance
-        else ""
-    )
-    return f"A run's score has σ = {total.std:.5f} bits per byte{spread}: {parts}."
+    parts = ", ".join(f"{bpb(part.std)} from {part.source}" for part in found.components[:-1])
+    spread = f" ({CONFIDENCE:.0%} interval {_interval(found.total)})" if found.total.variance else ""
+    return f"A run's score has σ = {bpb(found.total.std)} bits per byte{spread}: {parts}."
 
 
 def as_record(evidence: Evidence) -> dict[str, Any] | None:
