@@ -21,8 +21,9 @@ ui: $(INSTALLED) ## MLflow's pages on what has been run
 	@$(IN_HOME) $(BIN)/caddie ui
 
 test: ARGS ?= -m "not slow"
-test: $(INSTALLED) ## the tests, a quarter of an hour; ARGS="-m slow" for whole studies, restarts and clean rooms
-	$(BIN)/python -m pytest $(ARGS)
+test: WORKERS ?= 2
+test: $(INSTALLED) ## the tests, a quarter of an hour; ARGS="-m slow" WORKERS=0 for whole studies, restarts, clusters and clean rooms
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED) ## lint and types
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ RUN python3 -m venv /opt/caddie/venv \
     && /opt/caddie/venv/bin/pip install --no-cache-dir -c /opt/caddie/source/constraints.txt -r /opt/caddie/orchestrator.txt
 COPY README.md LICENSE /opt/caddie/source/
 COPY orchestrator /opt/caddie/source/orchestrator
+COPY shims /opt/caddie/source/shims
 COPY studies /opt/caddie/source/studies
 COPY trainer /opt/caddie/source/trainer
 RUN /opt/caddie/venv/bin/pip install --no-cache-dir --no-deps /opt/caddie/source

@@ -41,6 +41,7 @@ RUN grep -E '^(huggingface_hub|submitit)==' /opt/caddie/source/constraints.txt >
     && /opt/caddie/venv/bin/pip install --no-cache-dir -c /opt/caddie/source/constraints.txt -r /opt/caddie/worker.txt
 COPY README.md LICENSE /opt/caddie/source/
 COPY orchestrator /opt/caddie/source/orchestrator
+COPY shims /opt/caddie/source/shims
 COPY studies /opt/caddie/source/studies
 COPY trainer /opt/caddie/source/trainer
 RUN /opt/caddie/venv/bin/pip install --no-cache-dir --no-deps /opt/caddie/source

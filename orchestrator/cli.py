@@ -657,8 +657,11 @@ def show_beside(outcome: Outcome, arguments: argparse.Namespace, home: Home) -> 
 
 
 def is_beside_record(arguments: argparse.Namespace) -> bool:
-    """Whether --against names a public record; with --interleave it names a preset."""
-    return bool(getattr(arguments, "against", None)) and not getattr(arguments, "interleave", False)
+    """Whether --against names a public record; a preset goes with --interleave."""
+    from orchestrator.study import is_preset
+
+    against = getattr(arguments, "against", None)
+    return bool(against) and not getattr(arguments, "interleave", False) and not is_preset(against)
 
 
 def show_outcome(outcome: Outcome, home: Home) -> int:

@@ -20,7 +20,7 @@ DATASETS, TOKENIZERS = "datasets", "tokenizers"
 SHARDS = {TRAIN: "fineweb_train_{:06d}.bin", VALIDATION: "fineweb_val_{:06d}.bin"}
 VALIDATION_SHARDS = "fineweb_val_*.bin"
 
-DATA_DIR, DATA_PATH, TOKENIZER_PATH, VOCAB_SIZE = "DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE"
+DATA_DIR, DATA_PATH, TOKENIZER_PATH, VOCAB_SIZE = VARIABLES = ("DATA_DIR", "DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE")
 """The variables by which scripts are told where their data are."""
 
 

@@ -280,7 +280,8 @@ def read_study(home: Home, study_name: str) -> tuple[Study, StudyState]:
     if not state.source:
         known = ", ".join(home.study_names()) or "none yet"
         raise ConfigError(f"{ledger.path}: there is no study {study_name!r}", hint=f"there are: {known}")
-    study, asked = parse_study(state.source), [*state.trials.values(), *state.arms.values()]
+    study = parse_study(state.source)
+    asked: list[Trial | Arm] = [*state.trials.values(), *state.arms.values()]
     seeds = tuple(dict.fromkeys(seed for owner in asked for seed in owner.runs))
     return on_seeds(study, seeds) if study.from_runs and seeds else study, state
 

@@ -27,6 +27,7 @@ SWITCHES = (
     "model.rope_dims", "model.qk_gain", "model.xsa_layers", "model.value_embedding_dim", "model.value_embedding_layers",
     "model.first_attention_layer", "model.skip_count", "model.bigram_buckets", "model.logit_softcap",
     "model.recurrence_layers", "model.recurrence_passes", "model.parallel_start_layer", "schedule.recurrence_full_frac",
+    "schedule.validations",
     "data.order_seed", "optim.muon_momentum_ramp_steps", "optim.grad_clip_norm", "optim.ema_decay", "quant.coarse_matrices",
     "quant.clip_importance", "quant.low_rank_tensors", "evaluation.slot_steps", "ttt.grad_clip_norm",
     "runtime.cpu_threads",

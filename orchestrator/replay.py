@@ -12,13 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator import data_view
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.public_record import PublicRecord
 from orchestrator.script import Script, kept, read_script
-from orchestrator.script_run import SWITCHES, is_same
+from orchestrator.script_run import INFRASTRUCTURE, SWITCHES, is_same
 from orchestrator.study import Study, parse_study, study_text
 from orchestrator.variables import OWN, PREFIX, is_variable
+
+NOT_CHOSEN = frozenset({*OWN, *data_view.VARIABLES})
+"""Variables that follow from the run and its data."""
 
 SCRIPT_LINE = re.compile(r"^script[ \t]*=.*$", re.MULTILINE)
 
@@ -76,7 +80,13 @@ def as_logged(script: Script, record: PublicRecord) -> dict[str, str]:
     for lookup in script.lookups.found.values():
         texts = {log.get(lookup.setting) for log in logs}
         text = texts.pop() if len(texts) == 1 else None
-        if lookup.name in OWN or lookup.default is None or text is None or is_same(lookup.default, text):
+        if (
+            lookup.name in NOT_CHOSEN
+            or INFRASTRUCTURE.fullmatch(lookup.name)
+            or lookup.default is None
+            or text is None
+            or is_same(lookup.default, text)
+        ):
             continue
         found[lookup.name] = SWITCHES.get(text, text)
     return found

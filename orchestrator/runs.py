@@ -22,6 +22,9 @@ PLANNED, QUEUED, RUNNING = "planned", "queued", "running"
 RESUMABLE = "runtime.resumable"
 """Knob that a search sets for its trials: it decides how a run may be cut off, and nothing that the run computes."""
 
+VALIDATIONS = "schedule.validations"
+"""Knob that is off in every arm: no record looks at validation text while it trains."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:

@@ -486,7 +486,7 @@ def _check(study: Study) -> None:
     if study.interleave:
         _check_interleaving(study, study.interleave)
     if study.stop_early:
-        _check_stopping(study.stop_early)
+        _check_stopping(study, study.stop_early)
     if study.confirm:
         _check_confirmation(study, study.confirm)
     _check_budget(study.budget)
@@ -523,13 +523,18 @@ def _check_sampler(study: Study) -> None:
             )
 
 
-def _check_stopping(plan: StopEarlyPlan) -> None:
+def _check_stopping(study: Study, plan: StopEarlyPlan) -> None:
     """The rules of early stopping."""
     for place, value, known in (("rule", plan.rule, STOP_RULES), ("metric", plan.metric, STOP_METRICS)):
         if value not in known:
             raise ConfigError(
                 f"[stop_early] {place} must be one of {', '.join(known)}, got {value!r}", hint=nearest(value, known)
             )
+    if plan.metric == VAL_LOSS and not study.config.schedule.validations:
+        raise ConfigError(
+            f'[stop_early] metric = "{VAL_LOSS}" needs runs that validate while they train, schedule.validations is 0',
+            hint='[set] "schedule.validations" = 3, say: at a quarter, half and three quarters of the schedule',
+        )
     _require(plan.startup_trials >= 1, "[stop_early] startup_trials must be at least 1", plan.startup_trials)
     _require(plan.reduction >= 2, "[stop_early] reduction must be at least 2", plan.reduction)
     _require(0 <= plan.min_throughput < 1, "[stop_early] min_throughput must lie between 0 and 1", plan.min_throughput)
@@ -696,6 +701,15 @@ def not_accepted(preset: str) -> str:
     Raises ConfigError where there is no such preset.
     """
     return str(_preset(preset)[1].get(NOT_ACCEPTED, ""))
+
+
+def is_preset(name: str) -> bool:
+    """Whether a text names a preset: a shipped one, or a TOML file."""
+    return _preset_path(name).is_file() or name.endswith(".toml")
+
+
+def _preset_path(name: str) -> Path:
+    return Path(name) if name.endswith(".toml") else SHIPPED_STUDIES / "presets" / f"{name}.toml"
 
 
 def _preset(name: str) -> tuple[Path, dict[str, Any]]:
@@ -883,7 +897,8 @@ def load_study(path: Path) -> Study:
     """Read and check a study file; raises ConfigError with the file's name."""
     if not path.is_file():
         shipped = SHIPPED_STUDIES / path.name
-        places = (path / STUDY_FILE, shipped.with_name(f"{path.name}.toml"), shipped / STUDY_FILE)
+        named = shipped.with_name(f"{path.name}.toml")
+        places = (path / STUDY_FILE, named, shipped / STUDY_FILE, SHIPPED_STUDIES / path)
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             known = [p.stem for p in SHIPPED_STUDIES.glob("*.toml")]

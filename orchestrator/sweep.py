@@ -27,7 +27,7 @@ from orchestrator.interrupts import Interrupts
 from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
 from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
 from orchestrator.purse import BY_DAY, BY_STUDY, Purse, confirmation_cost, next_day, run_cost
-from orchestrator.runs import RESUMABLE, RunRequest, RunStore, run_id_of
+from orchestrator.runs import RESUMABLE, VALIDATIONS, RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
 from orchestrator.source_run import Sources
 from orchestrator.study import Study
@@ -294,7 +294,8 @@ class Controller:
     def _config(self, params: Mapping[str, Any], *, is_searched: bool) -> Config:
         """Of a trial's runs or of an arm's: a trial may go on from a checkpoint, a record is made in one go."""
         config = self.study.config_of(params)
-        return with_knobs(config, {RESUMABLE: is_searched and self.sources is None})
+        own = {} if is_searched else {VALIDATIONS: 0}
+        return with_knobs(config, {RESUMABLE: is_searched and self.sources is None, **own})
 
     def _request(self, params: Mapping[str, Any], seed: int, *, trial: int | None, arm: str | None) -> RunRequest:
         """What a run of an arm, or of a trial, is asked for."""

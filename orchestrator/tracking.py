@@ -236,6 +236,8 @@ class MlflowStore:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             return
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
         self._load(found.experiment_id)
         for mirrored in self._known.values():
             self.client.delete_run(mirrored.mlflow_id)

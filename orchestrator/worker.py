@@ -663,7 +663,8 @@ def _watch(process: subprocess.Popen[bytes], part: Part, tag: str, *, script: Sc
         elif ended is None and now - looked > OWNER_SECONDS:
             looked = now
             if script:
-                script.look()
+                with suppress(CaddieError, OSError):  # what cannot be read or written now is told at the end
+                    script.look()
             ended = _why_to_end(part) or (protocol.NODE if pace.problem() else None)
             deadline = now if ended else deadline
         time.sleep(POLL_SECONDS)

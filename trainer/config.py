@@ -38,7 +38,7 @@ class Section:
     """A part of the configuration; checks the type and range of each field when it is built."""
 
     def __post_init__(self) -> None:
-        hints = hints_of(type(self))
+        hints = hints_of(type(self))  # type: ignore[arg-type]  # mypy looks for the hash of an instance
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             place = f"{section_name(type(self))}.{f.name}"
             value = _coerced(getattr(self, f.name), hints[f.name], place)
@@ -687,7 +687,11 @@ def section_name(cls: type[Section]) -> str:
 @functools.cache
 def knobs() -> dict[str, Any]:
     """Every knob by its dotted name, with its type."""
-    return {f"{section}.{name}": hint for section, cls in SECTIONS.items() for name, hint in hints_of(cls).items()}
+    return {  # mypy looks for the hash of an instance
+        f"{section}.{name}": hint
+        for section, cls in SECTIONS.items()
+        for name, hint in hints_of(cls).items()  # type: ignore[arg-type]
+    }
 
 
 FOLDED = ""

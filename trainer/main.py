@@ -291,7 +291,7 @@ def learn_beforehand(run: Run, model: Model, stream: Stream, recurrent: int) -> 
     with run.phase("adapt"):
         length = run.config.evaluation.sequence_length
         adapter = ChunkAdapter(model, stream, config=config, length=length, recurrent=recurrent, world=run.world)
-        firsts = range(0, stream.positions, config.chunk_tokens)
+        firsts = range(0, stream.positions - length + 1, config.chunk_tokens)  # a rest too short for a sequence is left
         for chunk, first in enumerate(firsts):
             last = min(first + config.chunk_tokens, stream.positions)
             adapter.learn(first, last, chunk=chunk, chunks=len(firsts))

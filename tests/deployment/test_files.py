@@ -118,6 +118,12 @@ def test_the_trainers_image_has_no_control_plane_and_the_orchestrators_no_torch(
     assert "requirements.py orchestrator postgresql s3" in text and "requirements.py trainer" not in text
 
 
+@pytest.mark.parametrize(("file", "stage"), [("orchestrator", "orchestrator"), ("trainer", "node")])
+def test_an_image_that_installs_the_project_has_all_of_it(file: str, stage: str) -> None:
+    packages = {name.partition(".")[0] for name in PROJECT["tool"]["setuptools"]["packages"]}
+    assert packages <= copied(read(DOCKER / f"{file}.Dockerfile"), stage)
+
+
 def last(found: Dockerfile, stage: str, word: str) -> str:
     return next(step.text for step in reversed(found.stage(stage).instructions) if step.word == word)
 

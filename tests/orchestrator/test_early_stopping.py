@@ -260,3 +260,13 @@ def test_a_trial_that_is_stopped_early_leaves_its_slot_within_five_seconds_even_
     state = controller(study, home, launcher=LocalLauncher(), search=search, poll_seconds=0.02).run()
     assert [t.state for t in state.trials.values()] == ["complete", "pruned"]
     assert search.told_at - search.asked_at < 5.0
+
+
+def test_a_trial_validates_while_it_trains_and_the_same_point_as_a_record_does_not(home):
+    study = tiny_study(
+        trials=1, confirm="[1]", settings='"schedule.validations" = 3', extra='[stop_early]\nmetric = "val_loss"'
+    )
+    state = controller(study, home).run()
+    owners = (state.trials[0], state.arms["preset"])
+    configs = [protocol.read_spec(home.run(owner.runs[1]).spec).config["schedule"] for owner in owners]
+    assert [config["validations"] for config in configs] == [3, 0]

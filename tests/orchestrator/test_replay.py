@@ -50,6 +50,7 @@ def record(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_is_replayed_and_its_claim_is_judged(prepared: Home, record: Path, capsys) -> None:
     assert caddie(prepared, "replay", record, "--data", "tiny") == 0
     told = capsys.readouterr().out
@@ -65,6 +66,7 @@ def test_a_folder_is_replayed_and_its_claim_is_judged(prepared: Home, record: Pa
     assert {spec.seed for spec in specs} == {42, 314, 999} and {spec.config["env"] == {} for spec in specs} == {True}
 
 
+@pytest.mark.slow
 def test_the_same_replay_again_runs_nothing_again(prepared: Home, record: Path) -> None:
     words = ("replay", record, "--data", "tiny", "--seeds", "42,1")
     assert caddie(prepared, *words) == 0
@@ -74,6 +76,7 @@ def test_the_same_replay_again_runs_nothing_again(prepared: Home, record: Path) 
     assert len(Ledger(prepared.study(only_study(prepared)).ledger).state().attempts) == before == 2
 
 
+@pytest.mark.slow
 def test_a_report_does_not_need_the_script_where_it_was(prepared: Home, record: Path, capsys) -> None:
     assert (
         caddie(
@@ -164,6 +167,7 @@ def test_keeping_a_study_changes_its_scripts_place_alone(home: Home, tmp_path: P
     assert replay.keep(kept, home).source == kept.source
 
 
+@pytest.mark.slow
 def test_runs_of_a_script_are_neither_verified_nor_packaged_as_ours(
     prepared: Home, record: Path, capsys, tmp_path: Path
 ) -> None:
@@ -176,6 +180,7 @@ def test_runs_of_a_script_are_neither_verified_nor_packaged_as_ours(
     assert "its folder is made by its author" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_settings_that_only_the_records_logs_tell_are_told_and_can_be_taken(
     prepared: Home, record: Path, capsys
 ) -> None:
@@ -184,6 +189,7 @@ def test_settings_that_only_the_records_logs_tell_are_told_and_can_be_taken(
     words = ("replay", record, "--data", "tiny", "--seeds", "42")
     assert caddie(prepared, *words) == 0
     assert "the record's logs have " in (told := capsys.readouterr().err) and "WEIGHT_DECAY=0.15" in told
+    assert "WORLD_SIZE" not in told, "the machine's, not the author's choice"
     assert "--as-logged takes them" in told
     assert caddie(prepared, *words, "--as-logged", "--set", "ITERATIONS=100", "--name", "as-logged") == 0
     (run_id,) = Ledger(prepared.study("as-logged").ledger).state().run_ids

@@ -3,10 +3,12 @@ import errno
 
 import pytest
 from fakes import FAKE_BUNDLE
+from make_controller import controller
 from make_verified import data_of, make_run
 
-from orchestrator import cli, preflight, source_run, worker
+from orchestrator import cli, preflight, repeat, source_run, worker
 from orchestrator.errors import ConfigError
+from orchestrator.evidence import gather
 from orchestrator.family import family_of
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
@@ -371,3 +373,31 @@ def test_a_knob_of_training_is_refused_before_anything_is_planned(home, run, cap
     assert code == ConfigError.exit_code
     assert "limits.artifact_bytes may differ; optim.matrix_lr is 0.5, there 0.03" in capsys.readouterr().err
     assert RunStore(home).ids() == before
+
+
+def test_a_study_runs_on_the_model_of_each_seed_and_says_how_to_repeat_it(home, run, three):
+    text = f"""
+        name = "again"
+        question = "What do they score with another rate?"
+        preset = "smoke"
+        data = "made-up"
+        from = [{listed(three)}]
+        [set]
+        "optim.matrix_lr" = 0.03
+        "limits.artifact_bytes" = 20_000
+        "ttt.lr" = 0.5
+        [confirm]
+        [resources]
+        preflight = false
+    """
+    study = source_run.bound(home, parse_study(text))
+    parts = {"sources": source_run.sources_of(home, study), "manifest_sha256": read_spec(run.spec).manifest_sha256}
+    controller(study, home, **parts).run()
+    evidence = gather(home, "again")
+    specs = {found.seed: read_spec(home.run(found.run_id).spec) for found in evidence.arms[0].runs}
+    assert {seed: spec.source for seed, spec in specs.items()} == dict(
+        zip((7, 8, 9), (found.run_id for found in three), strict=True)
+    )
+    assert evidence.study.confirm.seeds == (7, 8, 9)  # read back from the ledger, without its sources
+    commands = [words for _, words in repeat.listing(home, evidence).parts]
+    assert any(f"--from {','.join(found.run_id for found in three)} --seeds 7,8,9" in words for words in commands)

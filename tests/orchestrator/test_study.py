@@ -86,6 +86,7 @@ CASES = [
     ),
     ("slots = 2", 'slots = 2\n[stop_early]\nrule = "median "', "[stop_early] rule must be one of median"),
     ("slots = 2", 'slots = 2\n[stop_early]\nmetric = "loss"', "[stop_early] metric must be one of train_loss"),
+    ("slots = 2", 'slots = 2\n[stop_early]\nmetric = "val_loss"', "needs runs that validate while they train"),
     ("slots = 2", "slots = 2\n[stop_early]\nreduction = 1", "[stop_early] reduction must be at least 2, got 1"),
     (
         "slots = 2",
@@ -148,7 +149,9 @@ def test_a_missing_study_file_is_answered_with_the_nearest_shipped_one(tmp_path)
     assert "wd-qk-ttt-smoke" in caught.value.hint
 
 
-@pytest.mark.parametrize("where", [SHIPPED_STUDIES / "ttt-vs-gptq", Path("ttt-vs-gptq")])
+@pytest.mark.parametrize(
+    "where", [SHIPPED_STUDIES / "ttt-vs-gptq", Path("ttt-vs-gptq"), Path("ttt-vs-gptq/study.toml")]
+)
 def test_a_study_may_be_a_folder_and_stands_for_its_file(where):
     assert load_study(where).name == "ttt-vs-gptq"
 

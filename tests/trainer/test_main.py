@@ -85,6 +85,20 @@ def test_by_the_clock_of_time_it_is_the_part_of_the_seconds(tmp_path, prepared):
     assert metrics[-1]["values"][protocol.ELAPSED_FRAC] > 0.8
 
 
+def test_validating_while_it_trains_changes_nothing_but_the_log_and_takes_no_training_time(
+    finished, tmp_path, prepared
+):
+    config = micro_config(schedule__validations=3, schedule__validation_sequences=4)
+    attempt = execute(plan(tmp_path, prepared, config))
+    losses = metrics_of(attempt, protocol.VAL_LOSS)
+    assert list(losses) == [3, 6, 9] and all(0 < loss < 10 for loss in losses.values())
+    assert losses[9] < losses[3]
+    assert metrics_of(attempt, protocol.TRAIN_LOSS) == metrics_of(finished[1], protocol.TRAIN_LOSS)
+    result = result_of(attempt)
+    assert result.scores[protocol.TTT].nats == result_of(finished[1]).scores[protocol.TTT].nats
+    assert result.train_seconds < result.phases["train"] + result.phases["calibrate"]
+
+
 def test_recurrence_comes_on_at_its_fraction(finished):
     on = [e for _, e in read_lines(finished[1].events) if e.get("name") == "recurrence"]
     assert [(e["step"], e["layers"]) for e in on] == [(6, [0, 1, 2, 3, 2, 3, 4, 5])]
@@ -222,7 +236,10 @@ def test_stored_weights_are_quantised_anew_as_if_they_had_just_been_trained(fini
 @pytest.mark.slow
 def test_weights_that_learn_before_quantisation_are_scored_once_and_the_log_says_so(finished, prepared, tmp_path):
     run, attempt = finished
-    knobs = {"ttt__before_quantization": True, "ttt__lr": 0.5, "quant__method": "rtn"}
+    positions, length = manifest_in(prepared).splits["val"].tokens - 1, 32
+    whole = positions // length * length  # what is left is shorter than a sequence
+    assert 0 < positions - whole < length
+    knobs = {"ttt__before_quantization": True, "ttt__chunk_tokens": whole, "ttt__lr": 0.5, "quant__method": "rtn"}
     again = plan(run.root.parents[1], prepared, micro_config(**knobs), source=run, part=WEIGHTS)
     result, before = result_of(execute(again)), result_of(attempt)
     assert result.status == protocol.COMPLETE
