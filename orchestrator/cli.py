@@ -661,7 +661,7 @@ def is_beside_record(arguments: argparse.Namespace) -> bool:
     from orchestrator.study import is_preset
 
     against = getattr(arguments, "against", None)
-    return bool(against) and not getattr(arguments, "interleave", False) and not is_preset(against)
+    return bool(against) and not getattr(arguments, "interleave", False) and not is_preset(str(against))
 
 
 def show_outcome(outcome: Outcome, home: Home) -> int:

@@ -714,10 +714,9 @@ def _preset_path(name: str) -> Path:
 
 def _preset(name: str) -> tuple[Path, dict[str, Any]]:
     """A preset's file and its tables."""
-    presets = SHIPPED_STUDIES / "presets"
-    path = Path(name) if name.endswith(".toml") else presets / f"{name}.toml"
+    path = _preset_path(name)
     if not path.is_file():
-        known = sorted(p.stem for p in presets.glob("*.toml"))
+        known = sorted(p.stem for p in (SHIPPED_STUDIES / "presets").glob("*.toml"))
         raise ConfigError(f"there is no preset {name!r}", hint=nearest(Path(name).stem, known))
     return path, _at(path, lambda: _parse_toml(_text_of(path)))
 

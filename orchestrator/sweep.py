@@ -427,6 +427,8 @@ class Controller:
             return False
         asked, arms = False, self._arms()
         seeds = self._confirmation.seeds(arms) if arms else ()
+        if self.study.cells and not self.state.arms:
+            self.progress.note(f"packing the trainer for {len(arms)} cells")  # some seconds each, the first time
         for name, (trial, params) in arms.items():
             runs = self._runs_of(params, seeds, arm=name)
             known = self.state.arms.get(name)

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,7 +77,16 @@ def test_no_image_holds_a_key_of_munge(builder: Builder) -> None:
         assert not (builder.image(name).root / "etc/munge/munge.key").exists(), name
 
 
-def test_the_services_carry_a_study_to_its_report(builder: Builder, tmp_path: Path) -> None:
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that PostgreSQL's user can enter; pytest's own are closed to it."""
+    found = Path(tempfile.mkdtemp(prefix="stack-"))
+    found.chmod(0o755)
+    yield found
+    shutil.rmtree(found, ignore_errors=True)
+
+
+def test_the_services_carry_a_study_to_its_report(builder: Builder, folder: Path, tmp_path: Path) -> None:
     studies = tmp_path / "studies"
     studies.mkdir()
     for path in (compose.DOCKER / "studies").iterdir():
@@ -82,10 +94,10 @@ def test_the_services_carry_a_study_to_its_report(builder: Builder, tmp_path: Pa
     for name in roots.IMAGES:
         builder.image(name)
     done = subprocess.run(
-        [sys.executable, stack.__file__, str(builder.folder), str(tmp_path / "stack"), str(studies)],
+        [sys.executable, stack.__file__, str(builder.folder), str(folder / "stack"), str(studies)],
         capture_output=True, text=True, timeout=stack.STUDY_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     report = re.search(r"^report +/srv/caddie/(\S+)", done.stdout, re.MULTILINE)
-    assert report and (tmp_path / "stack/volumes/home" / report[1]).is_file(), done.stdout
+    assert report and (folder / "stack/volumes/home" / report[1]).is_file(), done.stdout
     assert "MLflow does not show" not in done.stdout

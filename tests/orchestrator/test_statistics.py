@@ -20,10 +20,13 @@ from orchestrator.statistics import (
     permutation_p,
     pooled_std,
     power,
+    ratio_p,
     sample_std,
     student,
     summarize,
     summary_of,
+    two_sided,
+    variance_interval,
     welch,
 )
 
@@ -256,3 +259,18 @@ def test_a_regression_on_a_covariate_takes_its_share_of_a_difference():
     assert found.value == pytest.approx(0.0, abs=1e-9)
     assert adjusted_for(([1.0, 1.1, 1.2], [5.0] * 3), ([1.0, 1.1, 1.2], [5.0] * 3)) is None
     assert adjusted_for(([1.0], [5.0]), ([1.0], [6.0])) is None
+
+
+def test_both_directions_count_twice_the_smaller_tail():
+    lower, higher = one_sample(summarize([-3.0, -2.0, -1.0]), 0.0), one_sample(summarize([3.0, 2.0, 1.0]), 0.0)
+    assert two_sided(lower) == pytest.approx(2 * lower.p_one_sided)
+    assert two_sided(higher) == pytest.approx(two_sided(lower))
+    assert two_sided(one_sample(summarize([1.0]), 0.0)) is None
+    assert two_sided(one_sample(summarize([1.0, 2.0]), 0.0, margin=0.1)) is None  # there is no other side of a margin
+
+
+def test_a_variance_and_a_ratio_of_two_agree_with_tables():
+    low, high = variance_interval(1.0, 4)  # chi-squared points of four degrees of freedom: 0.4844 and 11.143
+    assert (low, high) == (pytest.approx(4 / 11.143, rel=1e-3), pytest.approx(4 / 0.4844, rel=1e-3))
+    assert variance_interval(0.0, 4) == (0.0, 0.0)
+    assert ratio_p(6.944, (2, 4)) == pytest.approx(0.05, abs=1e-4)  # the 5 % point of F with 2 and 4 degrees

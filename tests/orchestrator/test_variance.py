@@ -80,8 +80,6 @@ def test_an_initialisation_that_lacks_a_run_is_left_out_and_two_of_each_are_need
 
 
 def test_the_interval_of_a_variance_has_no_upper_end_where_nothing_is_known_of_it():
-    low, high = variance_interval(4.0, 10)
-    assert (low, high) == (pytest.approx(40 / 20.483, rel=1e-4), pytest.approx(40 / 3.247, rel=1e-4))  # tables of chi²
     assert variance_interval(4.0, 1e-5) == (0.0, None)
 
 
