@@ -171,7 +171,7 @@ def studies_table(found: Bill) -> Table:
     ]  # fmt: skip
     rows.append(
         (
-            f"{len(found.studies)} studies", hours(3600 * found.gpu_hours), hours(sum(c.cpu_seconds for c in found.studies)),
+            "all of them", hours(3600 * found.gpu_hours), hours(sum(c.cpu_seconds for c in found.studies)),
             *(hours(sum(c.by_purpose[name] for c in found.studies)) for name in (SEARCH, CONFIRMATION, LOST)),
             money(found.price), f"{found.accepted} accepted", "",
         )

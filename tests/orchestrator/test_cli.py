@@ -514,7 +514,7 @@ def test_the_costs_of_studies_are_told_by_phase(home: Path, capsys: pytest.Captu
     make_study(home)
     assert caddie(home, "costs", NAME) == 0
     out = capsys.readouterr().out
-    assert "Cost by phase" in out and "train" in out and "1 studies" in out
+    assert "Cost by phase" in out and "train" in out and "all of them" in out
     assert caddie(home, "costs", "--json") == 0
     assert json.loads(capsys.readouterr().out)["studies"][0]["study"] == NAME
     assert caddie(home, "costs", "nowhere") == ConfigError.exit_code

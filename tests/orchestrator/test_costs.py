@@ -85,7 +85,7 @@ def test_the_bill_divides_everything_by_what_was_accepted(tmp_path):
     assert [row[0] for row in table.rows] == [
         "won",
         "lost",
-        "2 studies",
+        "all of them",
     ] and "An accepted improvement cost" in table.note
     assert "No improvement was accepted" in studies_table(costs.Bill(studies=(lost,))).note
     assert as_record(found)["accepted"] == 1

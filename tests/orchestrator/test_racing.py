@@ -21,7 +21,7 @@ from orchestrator.racing import (
 from orchestrator.statistics import Summary, summarize
 
 SIGMA = 0.00067  # pooled over the public records' seeds
-RACES = 500
+RACES = 300
 PATHS = 200_000
 LOOKS = seeds_of_looks(first=2, step=1, most=8)
 
