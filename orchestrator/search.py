@@ -200,7 +200,7 @@ def propose(study: Study, trials: Mapping[int, Trial], number: int, *, salt: int
         return _propose_of_sequence(study, space, number + salt)
     if study.search.sampler == "grid":
         return _propose_of_grid(study, trials)
-    seen = learned(study, trials, space)
+    seen = learned(study, trials, space) if study.search.sampler != "random" else []  # it learns nothing
     if study.search.sampler == "cmaes":
         complete = [trial for trial in seen if trial.state is TrialState.COMPLETE]
         if len(complete) >= study.search.startup_trials:

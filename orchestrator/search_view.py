@@ -174,7 +174,7 @@ def _bring_up(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
 def end(study: optuna.Study, number: int, trial: FrozenTrial) -> None:
     """Note how a trial ended that is shown as running."""
     # A trial that was added, not asked, is reached by its storage id; Optuna 5 has no public way to it.
-    view = optuna.trial.Trial(study, study.trials[number]._trial_id)
+    view = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
     for step, loss in sorted(trial.intermediate_values.items()):
         view.report(loss, step)
     for name, value in trial.user_attrs.items():

@@ -375,6 +375,7 @@ def carry_out(run: RunDir, attempt: int, order: Order, allocation: Allocation) -
     claim = claim_for(allocation)
     if not make_claim(files, claim):
         return
+    _end_earlier(run, files)
     notice = Notice(files)
     with beating(files), notice.heard() if allocation.job else nullcontext():
         try:
@@ -386,6 +387,13 @@ def carry_out(run: RunDir, attempt: int, order: Order, allocation: Allocation) -
             result = None if files.result.exists() else _result(run, files, status=protocol.FAILED, failure=failure)
         if result is not None and run.is_newest(files):
             protocol.write_result(files.result, result)
+
+
+def _end_earlier(run: RunDir, files: AttemptDir) -> None:
+    """End what earlier attempts of the run have left on this host: the trainer of a worker that was killed, say."""
+    for earlier in run.attempts():
+        if earlier.number < files.number:
+            signal_tagged(TRAINER_TAG, trainer_tag(earlier), signal.SIGKILL)
 
 
 def make_claim(attempt: AttemptDir, claim: Claim | None = None) -> bool:
