@@ -412,8 +412,14 @@ def main() -> int:
         return 1
     home = Home(folder / "home")
     home.root.mkdir()
-    with contextlib.nullcontext() if options.keep else _disk_of_its_own(home.root):
+    if options.keep:
+        print(folder, file=sys.stderr)
         return work(options, folder, home, cluster)
+    try:
+        with _disk_of_its_own(home.root):
+            return work(options, folder, home, cluster)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def work(options: argparse.Namespace, folder: Path, home: Home, cluster: Cluster | None) -> int:
@@ -430,10 +436,6 @@ def work(options: argparse.Namespace, folder: Path, home: Home, cluster: Cluster
     finally:
         if cluster is not None:
             cluster.stop()
-        if not options.keep:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            print(folder, file=sys.stderr)
     return 0
 
 
