@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.acceptance import objections
 from orchestrator.cells import ABSENT, Table, bpb, probability, signed
 from orchestrator.evidence import Evidence
 from orchestrator.factors import BETWEEN, Factor
@@ -210,18 +211,28 @@ def _row(contrast: Contrast) -> tuple[str, ...]:
 def claim(evidence: Evidence) -> str:
     """What the cells show, in sentences that say "within noise" where it is."""
     factors, scores = evidence.study.factors, scores_of(evidence)
-    means = {levels: mean for levels, values in scores.items() if (mean := summarize(list(values.values()))).count}
-    if not means:
+    if not any(scores.values()):
         return "No cell has a score yet."
-    best = min(means, key=lambda levels: means[levels].mean or 0.0)
-    parts = [
-        f"Of {len(means)} cells {BETWEEN.join(best)} has the lowest mean, {bpb(means[best].mean)} over {_seeds(means[best].count)}."
-    ]
     found = contrasts(factors, scores)
-    parts += [
-        sentence for kind in (INTERACTION, SIMPLE if len(factors) > 1 else MAIN) if (sentence := _sentence(kind, found))
+    kinds = (INTERACTION, SIMPLE if len(factors) > 1 else MAIN)
+    return " ".join(filter(None, (_lowest(evidence, scores), *(_sentence(kind, found) for kind in kinds))))
+
+
+def _lowest(evidence: Evidence, scores: Scores) -> str:
+    """The cell with the lowest mean, of those whose score means what a record's does."""
+    accepted = [
+        cell.levels for cell in evidence.study.cells if not any(objections(evidence.study.config_of(cell.params)))
     ]
-    return " ".join(parts)
+    scored = {levels: summarize(list(scores[levels].values())) for levels in accepted if scores[levels]}
+    if not scored:
+        return "No cell that could be submitted has a score yet."
+    best = min(scored, key=lambda levels: scored[levels].mean or 0.0)
+    left_out = len(scores) - len(accepted)
+    others = f" ({left_out} cells whose technique is not accepted are left out)" if left_out else ""
+    return (
+        f"Of {len(scored)} cells {BETWEEN.join(best)} has the lowest mean, {bpb(scored[best].mean)} over "
+        f"{_seeds(scored[best].count)}{others}."
+    )
 
 
 def _sentence(kind: str, found: Sequence[Contrast]) -> str:
@@ -239,7 +250,9 @@ def _sentence(kind: str, found: Sequence[Contrast]) -> str:
     if not clear:
         return f"All {len(known)} {kind}s are within noise."
     named = "; ".join(
-        f"{c.title} {signed(c.difference.value)} ({signed(c.difference.low)} to {signed(c.difference.high)})" for c in clear[:SHOWN]
+        f"{c.title} {signed(c.difference.value)} ({signed(c.difference.low)} to {signed(c.difference.high)}, "
+        f"adjusted p {probability(c.adjusted_p)})"
+        for c in clear[:SHOWN]
     )  # fmt: skip
     surest = "" if len(clear) <= SHOWN else ", the surest"
     left = len(known) - len(clear)

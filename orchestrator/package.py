@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import __version__, study
+from orchestrator.acceptance import objections
 from orchestrator.cells import as_markdown, params_text
 from orchestrator.checks import FAILED
 from orchestrator.disagreements import LIMITS, README
@@ -32,7 +33,7 @@ from orchestrator.source_run import differences
 from orchestrator.statistics import STD_CONVENTION, mean, sample_std
 from orchestrator.tables import record_table
 from trainer import protocol
-from trainer.config import Config, from_mapping, knob_value, knobs
+from trainer.config import Config, from_mapping, knob_value
 from trainer.protocol import COMPLETE, Result, RunDir, Spec, read_json, read_spec, sha256_of, write_bytes_atomically
 
 RECORD_TRACK, OPEN_TRACK = TRACKS = ("10min_16mb", "non_record_16mb")
@@ -40,13 +41,6 @@ RECORD_DEVICE, RECORD_GPUS = "H100", 8
 DATA_FOLDER = "data"  # of the shipped specs: where the reader puts the data set
 NEEDED = ("torch", "numpy", "sentencepiece", "brotli", "constriction")
 """Packages that a bundle imports; triton comes with torch."""
-
-
-REFUSED_KNOBS = {
-    "evaluation.slot_steps": (0, "SLOT optimises on what it then scores: #1240, #1336"),
-    "ttt.before_quantization": (False, "the stored model has learned what it then scores: condition 3 of #1017"),
-}
-"""Techniques that reviewers refuse: the value that switches each off, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,9 +191,7 @@ def obstacles(found: RecordSet) -> Iterator[str]:
             yield f"its seeds are of {len(values)} {words}"
     for seed in found.seeds:
         yield from _seed_obstacles(seed)
-    for knob, (off, why) in REFUSED_KNOBS.items():
-        if knob in knobs() and (value := knob_value(found.first.config, knob)) != off:
-            yield f"{knob} = {value} is not accepted in submissions: {why}"
+    yield from objections(found.first.config)
     if why := _not_accepted(found.first.spec.preset):
         yield f"preset {found.first.spec.preset} is not accepted in submissions: {why}"
 

@@ -168,6 +168,14 @@ def test_a_study_runs_every_cell_on_every_seed_and_reports_its_interactions(home
     assert {c["title"]: c["verdict"] for c in record["contrasts"]}["gptq: sgd − none"] == "lower"
 
 
+def test_a_cell_that_learned_what_it_scores_is_not_called_the_best(home):
+    text = STUDY + '\n[factors.learning.before]\n"ttt.before_quantization" = true\n'
+    controller(parse_study(text), home, launcher=Bench()).run()
+    claim = interactions.claim(gather(home, "cells"))
+    assert claim.startswith("Of 4 cells gptq+sgd has the lowest mean")
+    assert "(2 cells whose technique is not accepted are left out)" in claim
+
+
 def test_a_study_that_has_only_begun_says_so(home):
     study = parse_study(STUDY)
     controller(study, home, launcher=Bench()).run()

@@ -288,9 +288,12 @@ def test_a_worker_whose_run_has_a_later_attempt_ends_its_trainer_and_writes_noth
 
 def test_a_trainer_that_an_earlier_attempt_left_on_this_host_is_ended(run):
     run.attempt(1).root.mkdir(parents=True)
-    left = subprocess.Popen(["sleep", "60"], env={**os.environ, worker.TRAINER_TAG: worker.trainer_tag(run.attempt(1))})
-    carry_out(run, number=2)
-    assert left.wait(10) == -signal.SIGKILL
+    tag = worker.trainer_tag(run.attempt(1))
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, worker.TRAINER_TAG: tag}) as left:
+        while not worker.tagged_processes(worker.TRAINER_TAG, tag):  # its environment shows once its exec is through
+            time.sleep(0.01)
+        carry_out(run, number=2)
+        assert left.wait(30) == -signal.SIGKILL
 
 
 def test_a_second_life_of_the_same_job_finds_the_claim_and_leaves(run):
