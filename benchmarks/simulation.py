@@ -1,15 +1,18 @@
 """A cluster on which nothing is computed: jobs of the real controller, search and ledger, under a clock that jumps.
 
 A job's scores come from a landscape of knobs whose sizes are those that public runs show: seeds differ by 0.00067 BPB
-(pooled over the records of the challenge), step counts by 0.14 %, files by 10 kB. Run directories, ledger and decisions are
+(pooled over the records of the challenge), step counts by 0.14 %, files by 10 kB; a loss early in a run says as much of the
+last one as public runs' do. Run directories, ledger and decisions are
 the real ones; only the trainer is an equation, and an hour passes at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import math
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,10 +28,17 @@ from trainer import protocol
 from trainer.protocol import AttemptDir, EventLog, Result, RunDir, Score
 
 SEED_STD = 0.00067  # BPB; spec of the challenge's records, pooled
-STEPS_STD = 0.0014  # of the number of steps, and so of a run's seconds
+STEPS_STD = 0.0014  # of the number of steps, as a part of it
+STEPS, SPARE_SECONDS = 5000, 0.2  # of a whole run; by which training ends before its limit, at most
 BYTES_STD = 10_000
 BEST_BPB = 1.08
 CAP = 16_000_000
+EARLY, EARLY_FRAC = (
+    0.86,
+    0.14,
+)  # #1162: BPB at step 1,000 of some 7,000 correlates 0.86 with the last one, over public runs
+NATS = 2.4  # per token in a bit per byte, at this challenge's tokenizer of 4,096 pieces
+POINTS = 200  # drawn to find a landscape's spread
 EVALUATION_SECONDS, START_SECONDS, STOP_SECONDS = 500.0, 60.0, 3.0
 LOGGED = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)  # of the schedule
 CLOCKED: tuple[ModuleType, ...] = (sweep, attempts, ages, ledger)
@@ -76,7 +86,18 @@ class Landscape:
     """`bowl`, `valley` (knobs that only matter together) or `ripple` (many shallow minima)."""
 
     drift: float = 0.12
-    """Standard deviation by which a budget of a tenth moves the lowest point, as a part of a knob's range."""
+    """Standard deviation by which a budget of a tenth moves the lowest point, as a part of a knob's range. A guess."""
+
+    early: float = EARLY
+    """Correlation between the loss at EARLY_FRAC of the schedule and the last one, over points drawn from the bounds."""
+
+    @functools.cached_property
+    def wiggle(self) -> float:
+        """Standard deviation of an early loss about its trend, which gives that correlation."""
+        draw = np.random.default_rng([self.seed, 4])
+        names = list(self.bounds)
+        spread = np.std([self.excess({n: _value(draw.random(), self.bounds[n]) for n in names}) for _ in range(POINTS)])
+        return float(NATS * spread * EARLY_FRAC * math.sqrt(1 / self.early**2 - 1) / (1 - EARLY_FRAC))
 
     def _numbers(self, salt: int, count: int) -> np.ndarray:
         return np.random.default_rng([self.seed, salt]).random(count)
@@ -99,9 +120,14 @@ class Landscape:
         return value + 2.0 * cliff * cliff
 
     def loss_at(self, knobs: Mapping[str, float], frac: float, budget: float, wiggle: float) -> float:
-        """Training loss at a part of the schedule; early losses say little of the last one."""
+        """Training loss at a part of the schedule, `wiggle` standard deviations off; early losses say less of the last one."""
         trend = 3.3 * (1 + 40 * frac) ** -0.16
-        return trend + 2.4 * self.excess(knobs, budget) * frac + 0.004 * (1 - frac) * wiggle
+        return trend + NATS * self.excess(knobs, budget) * frac + self.wiggle * (1 - frac) * wiggle
+
+
+def _value(part: float, bounds: tuple[float, float, bool]) -> float:
+    low, high, log = bounds
+    return low * (high / low) ** part if log else low + part * (high - low)
 
 
 def _part(value: float, bounds: tuple[float, float, bool]) -> float:
@@ -155,7 +181,7 @@ class Cluster:
     def submit(self, run: RunDir, attempt: int, *, tag: str, resources: JobResources) -> str:
         spec = protocol.read_spec(run.spec)
         noise = np.random.default_rng([self.landscape.seed, int(run.run_id[:12], 16), attempt])
-        train_seconds = float(spec.config["limits"]["train_seconds"]) * (1 + STEPS_STD * noise.normal())
+        train_seconds = float(spec.config["limits"]["train_seconds"]) - SPARE_SECONDS * noise.random()
         files = run.attempt(attempt)
         files.root.mkdir(parents=True, exist_ok=True)
         job = Job(run, files, spec.config, spec.seed, self.gpus, self.clock.now, train_seconds, noise)
@@ -165,7 +191,7 @@ class Cluster:
             self._push(begin + frac * train_seconds, tag, frac)
         self._push(begin + train_seconds + EVALUATION_SECONDS, tag, None)
         if self._freed:
-            self.idle_seconds.append(self.clock.now - self._freed.pop(0))
+            self.idle_seconds.append(max(0.0, self.clock.now - self._freed.pop(0)))
         return tag
 
     def _push(self, when: float, tag: str, frac: float | None) -> None:
@@ -176,14 +202,14 @@ class Cluster:
         for job in [job for job in jobs if job.files.stop.exists()]:
             found = self.jobs.get(job.tag)
             if found is not None and not found.is_over:
-                self._end(job.tag, found, protocol.STOPPED)
+                self._end(job.tag, found, protocol.STOPPED, self.clock.now + STOP_SECONDS)
         while self.events and self.events[0].when <= self.clock.now:
             event = heapq.heappop(self.events)
             job = self.jobs.get(event.tag)  # type: ignore[assignment]
             if job is None or job.is_over:  # type: ignore[attr-defined]
                 continue
             if event.frac is None:
-                self._end(event.tag, job, protocol.COMPLETE)  # type: ignore[arg-type]
+                self._end(event.tag, job, protocol.COMPLETE, event.when)  # type: ignore[arg-type]
             else:
                 self._log(job, event.frac)  # type: ignore[arg-type]
         return []
@@ -194,26 +220,31 @@ class Cluster:
     def _log(self, job: Job, frac: float) -> None:
         loss = self.landscape.loss_at(self._knobs(job), frac, self.budget, float(job.noise.normal()))
         EventLog(job.files.events).metrics(
-            round(5000 * frac), frac * job.train_seconds, train_loss=loss, elapsed_frac=frac, tokens_per_second=7e6
+            round(STEPS * self.budget * frac),
+            frac * job.train_seconds,
+            train_loss=loss,
+            elapsed_frac=frac,
+            tokens_per_second=7e6,
         )
 
-    def _end(self, tag: str, job: Job, status: str) -> None:
-        """Write the result; the files' times are the simulated ones, of which the ledger makes seconds."""
+    def _end(self, tag: str, job: Job, status: str, when: float) -> None:
+        """Write the result, with the simulated time, of which the ledger makes seconds."""
         job.is_over = True
-        seconds = self.clock.now - job.began + (STOP_SECONDS if status == protocol.STOPPED else 0.0)
-        self.gpu_seconds += seconds * job.gpus
-        self._freed.append(self.clock.now)
+        self.gpu_seconds += (when - job.began) * job.gpus
+        self._freed.append(when)
         bpb = BEST_BPB + self.landscape.excess(self._knobs(job), self.budget) + SEED_STD * float(job.noise.normal())
         score = Score(nats=bpb, tokens=1, bytes=1, loss=bpb, bpb=bpb, seconds=EVALUATION_SECONDS)
+        steps = round(STEPS * self.budget * (1 + STEPS_STD * float(job.noise.normal())))
         size = CAP - 15_000 + round(BYTES_STD * float(job.noise.normal()))
         protocol.write_result(
             job.files.result,
             Result(
-                run_id=job.run.run_id, attempt=job.files.number, status=status, seed=job.seed, steps=5000,
+                run_id=job.run.run_id, attempt=job.files.number, status=status, seed=job.seed, steps=steps,
                 train_seconds=job.train_seconds, scores=dict.fromkeys(protocol.STAGES, score) if status == protocol.COMPLETE else {},
                 artifact_bytes=size, model_bytes=size, cap_bytes=CAP, phases={"train": job.train_seconds},
             ),
         )  # fmt: skip
+        os.utime(job.files.result, (self.clock.began + when,) * 2)
         del self.jobs[tag]
 
     def is_alive(self, attempt: AttemptDir, *, tag: str | None) -> bool:

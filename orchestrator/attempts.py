@@ -43,6 +43,9 @@ class Attempts:
         """When the scheduler is next asked after a job of which it is not known whether it has it; monotonic."""
 
         self.demands = DemandBook(study, home)
+        self._files: dict[tuple[str, int], AttemptDir] = {}
+        """Of open attempts, by run and number."""
+
         self._ages = Ages()
         self._gone_since: dict[tuple[str, int], float] = {}
         """When an attempt was first seen without a process, by run and number; on the monotonic clock."""
@@ -63,7 +66,13 @@ class Attempts:
         return _read_result(files, attempt.run_id)
 
     def _files_of(self, attempt: Attempt) -> AttemptDir:
-        return self.home.run(attempt.run_id).attempt(attempt.number)
+        key = attempt.run_id, attempt.number
+        found = self._files.get(key)
+        if found is None:
+            found = self.home.run(attempt.run_id).attempt(attempt.number)
+            if attempt.status is None:  # it is looked at several times a second
+                self._files[key] = found
+        return found
 
     # ------------------------------------------------------------------------------------------------ beginning
 
@@ -106,12 +115,13 @@ class Attempts:
         self.ledger.decide(ledger.SUBMITTED, run_id=attempt.run_id, attempt=attempt.number, job_id=job_id)
 
     def _resources(self, slot: int) -> JobResources:
-        resources = self.study.resources
+        resources, in_slurm = self.study.resources, self.study.resources.launcher == SLURM
         return JobResources(
             slot=slot, gpus=self.slots.groups[slot], processes=resources.processes_per_node,
             timeout_seconds=60 * self.study.timeout_minutes, nodes=resources.nodes,
-            gpus_per_node=resources.gpus_of_node if resources.launcher == SLURM else 0,
-            exclude=tuple(self.ledger.now.excluded_nodes) if resources.launcher == SLURM else (),
+            gpus_per_node=resources.gpus_of_node if in_slurm else 0,
+            exclude=tuple(self.ledger.now.excluded_nodes) if in_slurm else (),
+            beside=1 if in_slurm else len(self.slots.groups),
         )  # fmt: skip
 
     def is_elsewhere(self, run: RunDir) -> bool:
@@ -270,6 +280,7 @@ class Attempts:
         )
         self.slots.release((attempt.run_id, attempt.number))
         self._ages.forget((attempt.run_id, attempt.number))
+        self._files.pop((attempt.run_id, attempt.number), None)
         if result.failure is not None:
             self.progress.note(
                 f"run {attempt.run_id} attempt {attempt.number}: {result.failure.kind}: {result.failure.message}"

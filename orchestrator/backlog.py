@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from orchestrator import ledger
@@ -53,10 +54,10 @@ class Backlog:
         """Those whose runs are still of interest."""
         return [*self.running_trials(), *self._state.arms.values()]
 
-    def is_shared(self, trial: Trial) -> bool:
-        """Whether somebody else waits for a run of the trial too."""
-        others = {run_id for owner in self.owners() if owner is not trial for run_id in owner.runs.values()}
-        return not others.isdisjoint(trial.runs.values())
+    def shared_runs(self) -> set[str]:
+        """Runs for which more than one trial or arm waits."""
+        asked = Counter(run_id for owner in self.owners() for run_id in set(owner.runs.values()))
+        return {run_id for run_id, owners in asked.items() if owners > 1}
 
     def is_given_up(self, owner: Trial | Arm) -> bool:
         """Whether no further run of it is needed: a trial that is being stopped, or of which one seed failed."""
@@ -67,15 +68,15 @@ class Backlog:
         is_stopped = any(attempt.stop_reason in ledger.EARLY for attempt in attempts)
         return is_stopped or any(r.status == protocol.STOPPED or is_failure(self.study, r) for r in settled)
 
-    def wanted(self) -> list[Wanted]:
-        """Every run that needs an attempt, once: trials in their order, then arms seed by seed.
+    def wanted(self, owners: Iterable[Trial | Arm] | None = None) -> list[Wanted]:
+        """Every run of these owners, or of all, that needs an attempt, once: trials in their order, then arms seed by seed.
 
         Seed by seed puts the arms that are compared side by side in time, on the machine as it is then; in an interleaved
         comparison the order within a seed changes from seed to seed, ABBA, so that what drifts favours neither.
         """
         found = [
             Wanted(run_id, owner, seed)
-            for owner in self.owners()
+            for owner in (self.owners() if owners is None else owners)
             if not self.is_given_up(owner)
             for seed, run_id in owner.runs.items()
             if self.standing(run_id) == WANTED

@@ -21,7 +21,6 @@ from orchestrator.minify import minify
 from trainer.config import Config
 
 ROOT = Path(trainer.__file__).parent
-LARGEST_BYTES = 25_000
 PACKAGE, ENTRY, CONFIG = "trainer", "main", "config"
 
 # Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
@@ -128,15 +127,9 @@ def launcher(packed: Iterable[bytes]) -> str:
 
 def build(config: Config | None = None) -> bytes:
     """The bundle of the installed trainer for runs of a configuration's choices; the same sources and choices give the
-    same bytes. Without a configuration it is for any run, and of any size: it says what the trainer is. Raises
-    CaddieError over the limit.
+    same bytes. Without a configuration it is for any run: it says what the trainer is.
     """
-    if config is None:
-        return _build(None)
-    bundle = _build(tuple(choices(config).items()))
-    if len(bundle) > LARGEST_BYTES and not config.runtime.resumable:  # which no record is
-        raise CaddieError(f"the bundle has {len(bundle)} bytes, the limit is {LARGEST_BYTES}", hint="shorten trainer/")
-    return bundle
+    return _build(None if config is None else tuple(choices(config).items()))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from orchestrator.home import Home
 from trainer.config import Config
 from trainer.protocol import write_bytes_atomically
 
-PACKER = ("bundle", "folding", "minify", "short_names", "short_attributes")
+PACKER = ("bundle", "folding", "facts", "inference", "cuts", "minify", "short_names", "short_attributes")
 """Modules of this folder that decide about a bundle's bytes."""
 
 KEPT = 64  # files: one trainer has as many as configurations switch off different parts of it

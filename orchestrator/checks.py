@@ -311,7 +311,7 @@ def check_id(spec: Spec, config: Config, run: RunDir) -> Check:
     request = RunRequest(
         preset=spec.preset, config=config, seed=spec.seed, replicate=spec.replicate, data_dir=spec.data_dir,
         manifest_sha256=spec.manifest_sha256, source=spec.source, source_sha256=spec.source_sha256,
-        source_part=spec.source_part,
+        source_part=spec.source_part, gpus=spec.gpus,
     )  # fmt: skip
     return judged(SPEC_ID, run_id_of(request, spec.bundle_sha256), spec.run_id, run.spec)
 

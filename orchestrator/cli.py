@@ -96,6 +96,8 @@ def study_check(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator.study import load_study
 
     study = source_run.bound(home, load_study(arguments.file))
+    if study.rungs:
+        return ladder_check(study, arguments, home)
     data = preflight.check(study, home)
     warnings, heeded = study.warnings(), []
     if study.script:
@@ -119,6 +121,29 @@ def study_check(arguments: argparse.Namespace, home: Home) -> int:
             print(f"env.{one.name}: {one.status}, {one.found}")
         print(plan.as_text(planned))
         warn(warnings)
+    return 0
+
+
+def ladder_check(study: Study, arguments: argparse.Namespace, home: Home) -> int:
+    """What every rung of a study will take, and how those that have been run agree."""
+    from orchestrator import agreement, climb, ladder, preflight
+    from orchestrator import ladder_tables as tables
+    from orchestrator.cells import as_text
+
+    rungs = ladder.rungs_of(study)
+    data = [preflight.check(rung, home) for rung in rungs][-1]
+    planned, warnings = climb.plans(home, rungs), rungs[-1].warnings()
+    if arguments.json:
+        show_json({
+            "name": rungs[-1].name, "question": study.question, "preset": study.preset, "data": str(data.root),
+            "knobs": list(study.space), "warnings": warnings, "ladder": climb.as_record(home, rungs),
+        })  # fmt: skip
+        return 0
+    print(f"{rungs[-1].name}: sound; a ladder of {len(rungs)} rungs over {', '.join(study.space)}\n")
+    print(as_text(tables.plan_table(rungs, planned)))
+    for found in climb.agreements(rungs, climb.states_of(home, rungs)):
+        print(f"\n{agreement.in_words(found)}")
+    warn([*warnings, *climb.cap_notes(home, rungs, planned)])
     return 0
 
 
@@ -260,11 +285,12 @@ def show_script(script: Script, rows: Sequence[tuple[str, str, str, str]], *, ha
 
 def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
     """Run a study here, in a session of its own, or by jobs of the cluster that follow one another."""
-    from orchestrator import assembly, controller_job, detach, source_run
+    from orchestrator import assembly, climb, controller_job, detach, ladder, source_run
     from orchestrator.study import SLURM
 
-    role, files = detach.take_role(), home.study(study.name)
-    study = source_run.bound(home, study)
+    study = source_run.bound(home, ladder.rungs_of(study)[-1])
+    role, files, until = detach.take_role(), home.study(study.name), getattr(arguments, "until", "")
+    climb.number_of(ladder.rungs_of(study), until)
     warn(study.warnings())
     if study.script:
         from orchestrator import script_check
@@ -277,11 +303,13 @@ def carry_out(study: Study, arguments: argparse.Namespace, home: Home) -> int:
     if not role and arguments.as_job:
         return queue_controller(study, arguments, home)
     if not role and arguments.detach:
-        return show_started(detach.start(files, arguments.words), study, home)
+        rungs = [home.study(name) for name in study.other_rungs]
+        return show_started(detach.start(files, arguments.words, rungs=rungs), study, home)
     if role != detach.JOB:
-        return show_beside(assembly.run_study(study, home), arguments, home)
+        return show_beside(assembly.run_study(study, home, until=until), arguments, home)
     with controller_job.succeeded(files, os.environ["SLURM_JOB_ID"]):
-        outcome = assembly.run_study(study, home, patience_seconds=controller_job.PATIENCE_SECONDS)
+        patience = controller_job.PATIENCE_SECONDS
+        outcome = assembly.run_study(study, home, patience_seconds=patience, until=until)
     return show_beside(outcome, arguments, home)
 
 
@@ -667,7 +695,10 @@ def is_beside_record(arguments: argparse.Namespace) -> bool:
 def show_outcome(outcome: Outcome, home: Home) -> int:
     if outcome.mirror_problem:
         warn([f"MLflow does not show all of it: {outcome.mirror_problem}; `caddie track` tries again"])
-    return show_report(outcome.report, home)
+    code = show_report(outcome.report, home)
+    if outcome.notes:
+        print("", *outcome.notes, sep="\n")
+    return code
 
 
 def show_report(written: Report, home: Home) -> int:
@@ -835,6 +866,12 @@ def _add_study(top: Adder) -> None:
         else:
             parser.add_argument(
                 "--dry-run", action="store_true", help="print the plan, its hours and its price, and submit nothing"
+            )
+            parser.add_argument(
+                "--until",
+                default="",
+                metavar="RUNG",
+                help="of a ladder: end after this rung; without it, after the last",
             )
             _add_controller(parser)
     _add_enqueue(commands)

@@ -56,9 +56,13 @@ def environment(role: str) -> dict[str, str]:
     return {**os.environ, ROLE: role, "PYTHONPATH": os.pathsep.join(filter(None, (checkout, known)))}
 
 
-def start(study: StudyDir, arguments: Sequence[str]) -> Started:
-    """Start the command detached, and wait until it works on the study or has ended. Raises StudyBusy, StorageError."""
-    holder = lock.holder(study)
+def start(study: StudyDir, arguments: Sequence[str], *, rungs: Sequence[StudyDir] = ()) -> Started:
+    """Start the command detached, and wait until it works on the study or has ended. Raises StudyBusy, StorageError.
+
+    `rungs`: the other studies of its ladder, any of which it may work on first.
+    """
+    works = (study, *rungs)
+    holder = next((holder for files in works if (holder := lock.holder(files)) is not None), None)
     if holder is not None:
         name = study.root.name
         raise StudyBusy(
@@ -77,7 +81,7 @@ def start(study: StudyDir, arguments: Sequence[str]) -> Started:
             )  # fmt: skip
     except OSError as error:
         raise storage_error(error, study.log) from error
-    _wait_for_begin(process, study)
+    _wait_for_begin(process, works)
     said = "" if process.returncode is None else _text_from(study.log, began)
     return Started(process.pid, process.returncode, said)
 
@@ -86,11 +90,11 @@ def _ignore_hangup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def _wait_for_begin(process: subprocess.Popen[bytes], study: StudyDir) -> None:
+def _wait_for_begin(process: subprocess.Popen[bytes], works: Sequence[StudyDir]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        holder = lock.holder(study)
-        if holder is not None and holder.claim is not None and holder.claim.pid == process.pid:
+        holders = [holder for files in works if (holder := lock.holder(files)) is not None]
+        if any(holder.claim is not None and holder.claim.pid == process.pid for holder in holders):
             return
         time.sleep(POLL_SECONDS)
 

@@ -70,9 +70,13 @@ def families(home: Home, run_ids: Collection[str]) -> tuple[list[Relative], list
 def family_of(spec: Spec) -> str:
     """What runs share that differ in the seed alone, or in the trainer's bundle: configuration, data, what is not made anew.
 
+    A lower rung's run on another number of GPUs is none of the family.
+
     Each seed may score a model of its own, which the same configuration made.
     """
-    identity = [without_resuming(spec.config), spec.manifest_sha256, spec.source_part if spec.source else ""]
+    identity: list[object] = [without_resuming(spec.config), spec.manifest_sha256]
+    identity.append(spec.source_part if spec.source else "")
+    identity += [spec.gpus] if spec.gpus else []
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -101,8 +101,9 @@ class LocalLauncher:
             )
             gpus = ",".join(resources.gpus)
             job = executor.submit(
-                worker.run_in_own_session, str(run.root), attempt, resources.processes, gpus, resources.timeout_seconds
-            )
+                worker.run_in_own_session, str(run.root), attempt, resources.processes, gpus, resources.timeout_seconds,
+                resources.beside,
+            )  # fmt: skip
         except OSError as error:
             if error.errno in STORAGE_ERRORS:
                 raise protocol.storage_error(error, files.scheduler) from error

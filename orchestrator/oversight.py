@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator import controller_job, ledger, lock, sweep
+from orchestrator import agreement, climb, controller_job, ledger, lock, sweep
+from orchestrator import ladder_tables as tables
+from orchestrator.agreement import Agreement
+from orchestrator.cells import as_text as table_text
+from orchestrator.climb import Standing
 from orchestrator.errors import CaddieError, StudyBusy
 from orchestrator.evidence import read_study, study_names
 from orchestrator.home import Home
@@ -51,6 +55,13 @@ class StudyStatus:
     excluded_nodes: list[str] = field(default_factory=list)
     """Nodes that its runs are kept away from: refused before a run began, or failed twice."""
 
+    rung: str | None = None
+    """Of a ladder: the study of the rung to which all but the log and the controller's jobs belong; None for every other."""
+
+    rungs: list[Standing] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
+    """Of the ladder's neighbouring rungs."""
+
 
 def statuses(home: Home) -> tuple[list[StudyStatus], list[CaddieError]]:
     """Where each study stands, by name, and why some cannot be read."""
@@ -58,14 +69,28 @@ def statuses(home: Home) -> tuple[list[StudyStatus], list[CaddieError]]:
     problems: list[CaddieError] = []
     for name in study_names(home):
         try:
-            found.append(status(home, name))
+            found.append(_status(home, name))
         except CaddieError as error:
             problems.append(error)
     return found, problems
 
 
 def status(home: Home, name: str) -> StudyStatus:
-    """Where one study stands; raises ConfigError, ProtocolError."""
+    """Where one study stands, of a ladder the rung that is worked on; raises ConfigError, ProtocolError."""
+    rungs = climb.find(home, name)
+    if not rungs:
+        return _status(home, name)
+    whole, at_work = home.study(name), climb.current(home, rungs).name
+    found = _status(home, at_work)
+    return replace(
+        found, name=name, rung=at_work, log=str(whole.log) if whole.log.exists() else None,
+        controller_jobs=controller_job.jobs_of(home, name), rungs=climb.standings(home, rungs),
+        agreements=climb.agreements(rungs, climb.states_of(home, rungs)),
+    )  # fmt: skip
+
+
+def _status(home: Home, name: str) -> StudyStatus:
+    """Where one study stands by itself."""
     files, jobs = home.study(name), controller_job.jobs_of(home, name)
     log = str(files.log) if files.log.exists() else None
     controller = lock.holder(files)
@@ -107,7 +132,7 @@ def as_text(found: StudyStatus) -> str:
     states = ", ".join(f"{count} {state}" for state, count in sorted(found.trials.items())) or "none yet"
     arms = ", ".join(f"{name}: {runs} runs" for name, runs in found.arms.items()) or "not yet"
     lines = [
-        f"{found.name}: {found.state}" + (f" ({found.controller})" if found.controller else ""),
+        f"{found.rung or found.name}: {found.state}" + (f" ({found.controller})" if found.controller else ""),
         *([f"  trials     {states}; {found.trials_planned} planned"] if found.trials_planned else []),
         f"  jobs       {found.jobs}",
         *([f"  controller job {', '.join(found.controller_jobs)}"] if found.controller_jobs else []),
@@ -121,6 +146,8 @@ def as_text(found: StudyStatus) -> str:
             for knob, value in found.best_params.items()
         )
         lines.append(f"  best       trial {found.best_trial}, {found.best_value:.5f} bits per byte: {params}")
+    if found.rungs:
+        lines += ["", table_text(tables.state_table(found.rungs)), "", *map(agreement.in_words, found.agreements)]
     return "\n".join(lines)
 
 
@@ -139,8 +166,20 @@ def ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     """Ask a study's controller to submit nothing more, with `cancel` also to stop its jobs; what was done, in words.
 
     Where no controller works on it, its jobs are asked directly; controllers that wait in the cluster's queue are taken
-    out of it. Raises ConfigError, StorageError.
+    out of it. Of a ladder it is the rung that is worked on. Raises ConfigError, StorageError.
     """
+    rungs = climb.find(home, name)
+    if rungs:
+        taken = controller_job.cancel_waiting(home, name)
+        # Between two rungs no controller would hear it; the climb looks for it before it begins the next.
+        write_bytes_atomically(home.study(name).stop, _word(cancel=cancel))
+        told = _ask_to_stop(home, climb.current(home, rungs).name, cancel=cancel)
+        return told + (f"; took its controller, job {', '.join(taken)}, out of the queue" if taken else "")
+    return _ask_to_stop(home, name, cancel=cancel)
+
+
+def _ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
+    """The same of one study."""
     files, waiting = home.study(name), controller_job.cancel_waiting(home, name)
     if waiting and not files.ledger.exists():
         return f"{name}: took its controller, job {', '.join(waiting)}, out of the queue; nothing had begun"
@@ -150,10 +189,15 @@ def ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
         with lock.held(files):
             return _stop_left_jobs(home, name, cancel=cancel)
     except StudyBusy:
-        write_bytes_atomically(files.stop, (sweep.CANCEL if cancel else sweep.DRAIN).encode())
+        write_bytes_atomically(files.stop, _word(cancel=cancel))
     if cancel:
         return f"{name}: asked its controller to stop the jobs and end"
     return f"{name}: asked its controller to end after the running jobs"
+
+
+def _word(*, cancel: bool) -> bytes:
+    """What a stop file holds."""
+    return (sweep.CANCEL if cancel else sweep.DRAIN).encode()
 
 
 def _stop_left_jobs(home: Home, name: str, *, cancel: bool) -> str:

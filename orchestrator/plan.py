@@ -156,9 +156,14 @@ def estimate(study: Study, home: Home) -> Estimate:
 
 
 def _is_like(other: Study, study: Study) -> bool:
-    same = (other.preset, bool(other.from_runs), other.resources.gpus_of_run, other.config.limits, other.data)
-    return same == (
-        study.preset, bool(study.from_runs), study.resources.gpus_of_run, study.config.limits, study.data,
+    return _kind_of(other) == _kind_of(study)
+
+
+def _kind_of(study: Study) -> tuple[object, ...]:
+    """What decides how long a run takes."""
+    config = study.config
+    return (
+        study.preset, bool(study.from_runs), study.resources.gpus_of_run, config.limits, config.schedule.steps, study.data,
     )  # fmt: skip
 
 
@@ -195,17 +200,20 @@ def _affordable(study: Study, home: Home, expected: float) -> int | None:
     cost = run_cost(study)
     if not cost or not math.isfinite(study.budget.study_cap_seconds):
         return None
-    standing = Purse(home, study.name, study.budget).standing()
+    standing = Purse(home, study.name, study.budget, beside=study.other_rungs).standing()
     left = study.budget.study_cap_seconds - standing.study_taken - standing.study_reserved
     beyond = left - confirmation_cost(study) - cost
     return 0 if beyond < 0 else 1 + math.floor(beyond / expected)
 
 
+def least_cost(study: Study) -> float:
+    """GPU-seconds that must be free before the study begins: the longest of its first trial, and what is kept for its confirmation."""
+    return (len(study.search.seeds) * run_cost(study) if study.search.trials else 0.0) + confirmation_cost(study)
+
+
 def require_caps(study: Study) -> None:
     """Raise ConfigError where a cap would not let the study begin."""
-    cost, budget = run_cost(study), study.budget
-    first = len(study.search.seeds) * cost if study.search.trials else 0.0
-    needed = first + confirmation_cost(study)
+    cost, budget, needed = run_cost(study), study.budget, least_cost(study)
     longest = f"a run may take {cost / 3600:.2f} GPU-hours, {study.resources.gpus_of_run} GPUs for {study.timeout_minutes:g} minutes"
     if needed > budget.study_cap_seconds:
         raise ConfigError(

@@ -53,6 +53,8 @@ class Standing:
     """What has gone and what is promised, in GPU-seconds."""
 
     study_taken: float
+    """By the study and those that share its cap."""
+
     study_reserved: float
     day_taken: float
     """On this day, by UTC, by every study."""
@@ -64,10 +66,13 @@ class Standing:
 class Purse:
     """The purse as one study's controller uses it."""
 
-    def __init__(self, home: Home, study: str, plan: BudgetPlan) -> None:
+    def __init__(self, home: Home, study: str, plan: BudgetPlan, *, beside: tuple[str, ...] = ()) -> None:
         self.home = home
         self.study = study
         self.plan = plan
+        self.beside = beside
+        """Studies that share the study's cap: the other rungs of its ladder."""
+
         self._offset = 0
         self._open: dict[tuple[str, str], float] = {}
         """GPU-seconds reserved by study and run."""
@@ -115,9 +120,10 @@ class Purse:
 
     def _standing(self, now: float) -> Standing:
         live = {name for name, _ in self._open if name == self.study or self.home.study(name).ledger.exists()}
+        capped = (self.study, *self.beside)
         return Standing(
-            study_taken=self._by_study.get(self.study, 0.0),
-            study_reserved=sum(seconds for (name, _), seconds in self._open.items() if name == self.study),
+            study_taken=sum(self._by_study.get(name, 0.0) for name in capped),
+            study_reserved=sum(seconds for (name, _), seconds in self._open.items() if name in capped),
             day_taken=self._by_day.get(_day(now), 0.0),
             day_reserved=sum(seconds for (name, _), seconds in self._open.items() if name in live),
         )

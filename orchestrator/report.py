@@ -81,6 +81,9 @@ class Report:
     """Of a sequential confirmation; None for every other study."""
 
     costs: Costs
+    ladder: Ladder | None
+    """The rungs that the study is one of; None for every other study."""
+
     family: tuple[Relative, ...]
     """Every run of the arms' configurations."""
 
@@ -115,15 +118,16 @@ def write_report(home: Home, study_name: str, *, against: str | None = None, gat
     own_claim = interleave.claim(evidence, blocks) if blocks else claim(evidence)
     race, spent = contest.contest(home, evidence), costs.costs_of(home, evidence)
     own_claim = _with_race(own_claim, race, evidence)
-    design = design_tables(evidence)
+    design, rungs = design_tables(evidence), ladder_of(home, evidence)
     report = Report(
-        evidence=evidence, comparison=comparison, blocks=blocks, contest=race, costs=spent, family=tuple(family),
+        evidence=evidence, comparison=comparison, blocks=blocks, contest=race, costs=spent, ladder=rungs, family=tuple(family),
         claim=" ".join([own_claim, *_against(comparison, against)]),
         weaknesses=tuple(dict.fromkeys(weaknesses)),
         damage=tuple(dict.fromkeys([*evidence.problems, *unreadable, *misfits])),
         tables=(
             *((interleave.table(evidence, blocks),) if blocks else ()), *((contest.table(race),) if race else ()), *design,
-            *all_tables(home, evidence, curves, comparison, family, sizes), *costs_tables(spent),
+            *all_tables(home, evidence, curves, comparison, family, sizes, ladder=rungs.tables if rungs else ()),
+            *costs_tables(spent),
         ), design=design, repeat=repeat.listing(home, evidence),
         page=folder.report_page, text=folder.report_text, data=folder.report_data, record_csv=folder.record_csv,
     )  # fmt: skip
@@ -138,6 +142,32 @@ def write_report(home: Home, study_name: str, *, against: str | None = None, gat
     write_bytes_atomically(report.record_csv, record_frame(evidence.arms).to_csv(index=False).encode())
     write_bytes_atomically(folder.runs_csv, runs_frame(evidence.runs).to_csv(index=False).encode())
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """What a report says of the rungs."""
+
+    tables: tuple[Table, ...]
+    record: dict[str, Any]
+
+
+def ladder_of(home: Home, evidence: Evidence) -> Ladder | None:
+    """The rungs that the study is one of, as they stand; None for every other study."""
+    if not evidence.study.rungs:
+        return None
+    from orchestrator import climb, ladder_tables  # they load what plans need
+    from orchestrator.ladder import rungs_of
+
+    rungs = rungs_of(evidence.study)
+    states, standings = climb.states_of(home, rungs), climb.standings(home, rungs)
+    agreed = climb.agreements(rungs, states)
+    points = ladder_tables.points_table(rungs, states)
+    record = {
+        "rungs": [dataclasses.asdict(one) for one in standings], "agreements": [dataclasses.asdict(one) for one in agreed],
+        "points": [dict(zip(points.columns, map(str, row), strict=True)) for row in points.rows],
+    }  # fmt: skip
+    return Ladder(tables=ladder_tables.report_tables(rungs, states, standings, agreed), record=record)
 
 
 def _importance(evidence: Evidence) -> dict[str, float]:
@@ -221,7 +251,7 @@ def _family_warnings(
 
 def all_tables(
     home: Home, evidence: Evidence, curves: Sequence[Curve], comparison: Comparison | None, family: Sequence[Relative],
-    sizes: Mapping[str, Mapping[str, int]],
+    sizes: Mapping[str, Mapping[str, int]], *, ladder: Sequence[Table] = (),
 ) -> list[Table]:  # fmt: skip
     """Every table of the report, in its order; those without rows are left out."""
     gates_and_tests = comparison_tables(comparison)
@@ -230,6 +260,7 @@ def all_tables(
         *(record_table(arm) for arm in evidence.arms if not evidence.study.cells),
         *gates_and_tests[1:],
         footing_table(evidence, curves, (BEST_ARM, PRESET_ARM)),
+        *ladder,
         params_table(evidence),
         stages_table(evidence),
         bytes_table(evidence),
@@ -471,6 +502,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "front": [
             dataclasses.asdict(point) for point in front([found.trial for found in evidence.trials], measured(evidence))
         ],
+        "ladder": report.ladder.record if report.ladder else None,
         "costs": {**dataclasses.asdict(report.costs), "price": report.costs.price},
         "gpu_seconds": evidence.gpu_seconds,
         "cpu_run_seconds": evidence.cpu_run_seconds,

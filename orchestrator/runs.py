@@ -49,6 +49,9 @@ class RunRequest:
     script_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What such a program is given, in place of `config`."""
 
+    gpus: int = 0
+    """GPUs, where their number tells the run from another of the same configuration; see protocol.Spec."""
+
     study: str = ""
     trial: int | None = None
 
@@ -65,6 +68,8 @@ def run_id_of(request: RunRequest, bundle_sha256: str) -> str:
     identity = [request.values, request.seed, request.replicate, request.manifest_sha256, bundle_sha256]
     if request.source_sha256:
         identity.append(request.source_sha256)
+    if request.gpus:
+        identity.append({"gpus": request.gpus})
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -89,7 +94,7 @@ class RunStore:
                     config=request.values, data_dir=request.data_dir,
                     manifest_sha256=request.manifest_sha256, bundle_sha256=bundle_sha256, code=code,
                     source=request.source, source_sha256=request.source_sha256,
-                    source_part=request.source_part, script=request.script, study=request.study,
+                    source_part=request.source_part, script=request.script, gpus=request.gpus, study=request.study,
                     trial=request.trial,
                 ),
             )  # fmt: skip

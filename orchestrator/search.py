@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import random
 import statistics
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -29,144 +29,23 @@ from orchestrator import evolution, ledger, search_view
 from orchestrator.errors import ConfigError, MachineError
 from orchestrator.evolution import Seen
 from orchestrator.ledger import StudyState, Trial
+from orchestrator.memory import Memory, Shown
+from orchestrator.points import as_json, frozen, is_inside, label, params_of, space_of
 from orchestrator.search_view import View
-from orchestrator.space import Choice, NumberRange, Range, grid_values
+from orchestrator.space import NumberRange, grid_values
 from orchestrator.study import Study
-from trainer.protocol import CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT
 
 PERTURBATIONS = 8
 """Further proposals that are asked for where a proposal repeats an earlier trial; a small grid may have no other."""
 
+MOST_SHOWN = {"random": 0, "tpe": 1000, "gp": 300}
+"""Trials that have ended which a sampler is shown, where that is limited: one learns nothing, one's time grows with them, the
+third's with their cube. Evolution needs all."""
+
 IMPORTANCE_TRIALS = 4
 """Fewest complete trials from which an importance is computed; below, the quantile that it rests on is one trial."""
 
-OPTUNA_STATES = {
-    ledger.RUNNING: TrialState.RUNNING,
-    ledger.COMPLETE: TrialState.COMPLETE,
-    ledger.PRUNED: TrialState.PRUNED,
-    ledger.FAILED: TrialState.FAIL,
-}
-POINT_FAILURES = frozenset({CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT})
-"""Kinds of failure that the point is to blame for: a sampler that learns nothing from them proposes the same again."""
-
-FAILED_CONSTRAINT = "failed"  # 1 for a trial that failed by its point, 0 for another; for the samplers alone
-MODELS_OF_COMPLETE = frozenset({"gp", "cmaes"})  # samplers that leave out pruned trials
-
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-# ---------------------------------------------------------------------------------------------------- the space
-
-
-def _label(value: Any) -> str | int | float | bool:
-    """A choice as Optuna stores it: it takes no lists."""
-    return json.dumps(list(value)) if isinstance(value, (tuple, list)) else value
-
-
-def distribution_of(knob_range: Range) -> BaseDistribution:
-    """A knob's range in Optuna's terms."""
-    if isinstance(knob_range, Choice):
-        return CategoricalDistribution([_label(value) for value in knob_range.values])
-    low, high, step = knob_range.low, knob_range.high, knob_range.step
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a grid that ends below `high` is what the study's author wrote
-        if knob_range.is_integer:
-            return IntDistribution(int(low), int(high), log=knob_range.log, step=int(step or 1))
-        return FloatDistribution(float(low), float(high), log=knob_range.log, step=step)
-
-
-def space_of(study: Study) -> dict[str, BaseDistribution]:
-    """The study's space in Optuna's terms, by knob."""
-    return {knob: distribution_of(knob_range) for knob, knob_range in study.space.items()}
-
-
-def _is_inside(params: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> bool:
-    """Whether Optuna can hold the point; the preset may lie outside the ranges that a study explores."""
-    labels = {knob: _label(value) for knob, value in params.items()}
-    try:
-        create_trial(state=TrialState.RUNNING, params=labels, distributions=dict(space))
-    except ValueError:
-        return False
-    return True
-
-
-def _params_of(proposal: Mapping[str, Any], study: Study) -> dict[str, Any]:
-    """A proposal with its choices turned back into the study's values, as JSON keeps them."""
-    params = {}
-    for knob, value in proposal.items():
-        knob_range = study.space[knob]
-        if isinstance(knob_range, Choice):
-            value = next(choice for choice in knob_range.values if _label(choice) == value)
-        params[knob] = list(value) if isinstance(value, tuple) else value
-    return params
-
-
-# ---------------------------------------------------------------------------------------------------- trials
-
-
-def values_of(study: Study, trial: Trial) -> list[float] | None:
-    """A complete trial's objectives, the score first; None where one is not known."""
-    measured = [trial.measures.get(name) for name in study.search.also_minimize]
-    values = [trial.value, *measured] if trial.state == ledger.COMPLETE else [None]
-    return [value for value in values if value is not None] if None not in values else None
-
-
-def frozen(study: Study, trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
-    """A ledger's trial in Optuna's terms.
-
-    A point outside the space becomes a failed trial without parameters: it keeps its number and its value, as an
-    attribute, and the sampler's model, which could not hold it, is not bent.
-    """
-    attributes = {search_view.NUMBER: trial.number, search_view.REASON: trial.reason}
-    values = values_of(study, trial)
-    if not _is_inside(trial.params, space) or (trial.state == ledger.COMPLETE and values is None):
-        attributes |= {"caddie_params": json.dumps(trial.params), "caddie_value": trial.value}
-        return create_trial(state=TrialState.FAIL, user_attrs=attributes)
-    return create_trial(
-        state=OPTUNA_STATES[trial.state],
-        params={knob: _label(trial.params[knob]) for knob in space},
-        distributions=dict(space),
-        values=values,
-        constraints=trial.constraints if values is not None else {},
-        intermediate_values=trial.intermediate if not study.search.also_minimize else {},  # Optuna has none of several
-        user_attrs=attributes,
-    )
-
-
-def learned(study: Study, trials: Mapping[int, Trial], space: Mapping[str, BaseDistribution]) -> list[FrozenTrial]:
-    """The trials as a sampler should see them, by number.
-
-    Excesses are shares of their limits, so that bytes do not drown seconds; every trial names the same constraints. A trial
-    that failed by its point is infeasible and as bad as the worst; one that was pruned too, for a sampler that would not
-    see it else and ask for it again.
-    """
-    found = [frozen(study, trials[n], space) for n in sorted(trials)]
-    scored = [trial.values for trial in found if trial.state is TrialState.COMPLETE]
-    worst = [max(column) for column in zip(*scored, strict=True)] or [0.0] * len(study.objectives)
-    limits = study.limits
-    names = sorted({name for trial in trials.values() for name in trial.constraints})
-    has_failed = any(is_failed_by_point(trial) for trial in trials.values())
-    seen = []
-    for trial, view in zip([trials[n] for n in sorted(trials)], found, strict=True):
-        failed = is_failed_by_point(trial) and _is_inside(trial.params, space)
-        is_unseen = view.state is TrialState.PRUNED and study.search.sampler in MODELS_OF_COMPLETE
-        excesses = {name: trial.constraints.get(name, 0.0) / limits.get(name, 1.0) for name in names}
-        excesses |= {FAILED_CONSTRAINT: float(failed)} if has_failed else {}
-        if failed or is_unseen or view.state is TrialState.COMPLETE:
-            view = create_trial(
-                state=TrialState.COMPLETE,
-                params={knob: _label(trial.params[knob]) for knob in space},
-                distributions=dict(space),
-                values=view.values if view.state is TrialState.COMPLETE else worst,
-                constraints=excesses,
-            )
-        seen.append(view)
-    return seen
-
-
-def is_failed_by_point(trial: Trial) -> bool:
-    """Whether a trial failed because of where it lies, and not by the machine or the code."""
-    return trial.state == ledger.FAILED and trial.failure in POINT_FAILURES
 
 
 def seed_of(study_name: str, number: int, salt: int = 0) -> int:
@@ -193,21 +72,20 @@ def sampler_of(study: Study, seed: int) -> BaseSampler:
     raise ConfigError(f"[search] sampler {name!r} is not known to the search", hint='take sampler = "tpe"')
 
 
-def propose(study: Study, trials: Mapping[int, Trial], number: int, *, salt: int = 0) -> dict[str, Any]:
+def propose(memory: Memory, number: int, *, salt: int = 0) -> dict[str, Any]:
     """The point of trial `number`, given the trials before it."""
-    space, seed = space_of(study), seed_of(study.name, number, salt)
+    study, seed = memory.study, seed_of(memory.study.name, number, salt)
     if study.search.sampler == "qmc":
-        return _propose_of_sequence(study, space, number + salt)
+        return _propose_of_sequence(study, memory.space, number + salt)
     if study.search.sampler == "grid":
-        return _propose_of_grid(study, trials)
-    seen = learned(study, trials, space) if study.search.sampler != "random" else []  # it learns nothing
+        return _propose_of_grid(study, memory)
+    seen = memory.most_telling(MOST_SHOWN.get(study.search.sampler, sys.maxsize))
     if study.search.sampler == "cmaes":
         complete = [trial for trial in seen if trial.state is TrialState.COMPLETE]
         if len(complete) >= study.search.startup_trials:
-            return _params_of(evolution.propose(_numbers(study), [_as_seen(trial) for trial in complete], seed), study)
-    scratch = optuna.create_study(directions=_directions(study), sampler=sampler_of(study, seed))
-    scratch.add_trials(seen)
-    return _params_of(scratch.ask(fixed_distributions=space).params, study)
+            return params_of(evolution.propose(_numbers(study), [_as_seen(trial) for trial in complete], seed), study)
+    scratch = optuna.create_study(directions=_directions(study), sampler=sampler_of(study, seed), storage=Shown(seen))
+    return params_of(scratch.ask(fixed_distributions=memory.space).params, study)
 
 
 def _directions(study: Study) -> list[StudyDirection]:
@@ -224,7 +102,7 @@ def _as_seen(trial: FrozenTrial) -> Seen:
     return Seen(params=trial.params, value=trial.values[0], excess=excess)
 
 
-def _propose_of_grid(study: Study, trials: Mapping[int, Trial]) -> dict[str, Any]:
+def _propose_of_grid(study: Study, memory: Memory) -> dict[str, Any]:
     """The first point, in an order of the study's own, that no trial has; the order's first where all are taken.
 
     Shuffled, because a grid that is cut off should have been everywhere.
@@ -232,8 +110,7 @@ def _propose_of_grid(study: Study, trials: Mapping[int, Trial]) -> dict[str, Any
     columns = [[_as_json_value(value) for value in grid_values(found) or ()] for found in study.space.values()]
     points = [dict(zip(study.space, values, strict=True)) for values in itertools.product(*columns)]
     random.Random(seed_of(study.name, 0)).shuffle(points)
-    taken = [trial.params for trial in trials.values()]
-    return next((point for point in points if point not in taken), points[0])
+    return next((point for point in points if not memory.has(point)), points[0])
 
 
 def _as_json_value(value: Any) -> Any:
@@ -252,7 +129,7 @@ def _propose_of_sequence(study: Study, space: dict[str, BaseDistribution], posit
     scratch.add_trials(origin.trials)
     for _ in range(position - 1):
         scratch.ask(fixed_distributions=space)
-    return _params_of(scratch.ask(fixed_distributions=space).params, study)
+    return params_of(scratch.ask(fixed_distributions=space).params, study)
 
 
 # ---------------------------------------------------------------------------------------------------- stopping
@@ -274,7 +151,7 @@ def knob_importance(study: Study, state: StudyState) -> dict[str, float]:
     Empty with too few complete trials or where every trial scored the same.
     """
     space = space_of(study)
-    done = [t for t in state.trials.values() if t.state == ledger.COMPLETE and _is_inside(t.params, space)]
+    done = [t for t in state.trials.values() if t.state == ledger.COMPLETE and is_inside(t.params, space)]
     if len(done) < IMPORTANCE_TRIALS or len({t.value for t in done}) < 2 or not space:
         return {}
     scratch = optuna.create_study(direction="minimize", sampler=RandomSampler(seed=0))
@@ -284,7 +161,7 @@ def knob_importance(study: Study, state: StudyState) -> dict[str, float]:
 
 def _of_score(trial: Trial, space: Mapping[str, BaseDistribution]) -> FrozenTrial:
     """A complete trial with its score alone."""
-    params = {knob: _label(trial.params[knob]) for knob in space}
+    params = {knob: label(trial.params[knob]) for knob in space}
     return create_trial(state=TrialState.COMPLETE, params=params, distributions=dict(space), value=trial.value)
 
 
@@ -300,6 +177,7 @@ class Search:
         self.trials: dict[int, Trial] = {}
         """As the ledger has them."""
 
+        self.memory = Memory(study)
         self.view = View(journal, name=study.name, directions=_directions(study), url=url)
 
     @property
@@ -310,6 +188,7 @@ class Search:
     def rebuild(self, state: StudyState) -> None:
         """Learn what the ledger says, and show it. Raises StorageError."""
         self.trials = dict(state.trials)
+        self.memory = Memory.of(self.study, self.trials)
         self.view.rebuild(self._shown)
 
     def _shown(self) -> list[FrozenTrial]:
@@ -318,17 +197,17 @@ class Search:
     def ask(self, number: int) -> dict[str, Any]:
         """The point of a new trial: the preset for number 0, else a proposal that repeats no trial, if there is one."""
         if number == 0:
-            return _as_json(self.study.preset_params())
-        known = [_as_json(trial.params) for trial in self.trials.values()]
+            return as_json(self.study.preset_params())
         for salt in range(PERTURBATIONS):
-            params = propose(self.study, self.trials, number, salt=salt)
-            if params not in known:
+            params = propose(self.memory, number, salt=salt)
+            if not self.memory.has(params):
                 break
         return params
 
     def begin(self, trial: Trial) -> None:
         """Note a trial that the ledger holds by now."""
         self.trials[trial.number] = trial
+        self.memory.note(trial)
         self.view.show(lambda view: view.add_trial(frozen(self.study, trial, self.space)), self._shown)
 
     def should_stop(self, number: int, per_mille: int, loss: float) -> bool:
@@ -343,16 +222,7 @@ class Search:
     def tell(self, trial: Trial) -> None:
         """Note how a trial ended, as the ledger has it."""
         self.trials[trial.number] = trial
-        if _is_inside(trial.params, self.space):
+        self.memory.note(trial)
+        if is_inside(trial.params, self.space):
             ended = frozen(self.study, trial, self.space)
             self.view.show(lambda view: search_view.end(view, trial.number, ended), self._shown)
-
-    def importance(self) -> dict[str, float]:
-        """See `knob_importance`."""
-        return knob_importance(self.study, StudyState(trials=self.trials))
-
-
-def _as_json(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same point as the ledger will give it back."""
-    loaded: dict[str, Any] = json.loads(json.dumps(params))
-    return loaded

@@ -35,6 +35,9 @@ class JobResources:
     exclude: tuple[str, ...] = ()
     """Nodes that it must not run on."""
 
+    beside: int = 1
+    """Runs that share the machine's processors, this one counted; 1 where the scheduler shares them out."""
+
     @property
     def gpu_count(self) -> int:
         return len(self.gpus) or self.nodes * self.gpus_per_node

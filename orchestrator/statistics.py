@@ -333,6 +333,72 @@ def _centred(values: Sequence[float]) -> list[float]:
     return [] if center is None else [value - center for value in values]
 
 
+# ── two rankings ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCorrelation:
+    """How far two lists of values order the same things alike, from -1 to 1."""
+
+    value: float
+    low: float | None
+    """Lower end of the interval at CONFIDENCE; None where there are too few things for one."""
+
+    high: float | None
+    """Upper end."""
+
+
+SPEARMAN_VARIANCE, SPEARMAN_LOST = 1.06, 3
+KENDALL_VARIANCE, KENDALL_LOST = 0.437, 4
+"""Variance of the correlation's inverse hyperbolic tangent, times the number of pairs less those lost (Fieller, Hartley and
+Pearson, 1957)."""
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> RankCorrelation | None:
+    """Spearman's rank correlation; None where the values of a list are all equal, or there are fewer than three."""
+    if not _can_be_ranked(a, b):
+        return None
+    count = len(a)
+    step = 12 / (count * (count**2 - 1))  # between the highest possible values
+    return _with_fisher(float(_stats().spearmanr(a, b).statistic), SPEARMAN_VARIANCE, count - SPEARMAN_LOST, step)
+
+
+def kendall(a: Sequence[float], b: Sequence[float]) -> RankCorrelation | None:
+    """Kendall's tau, with ties (b); None as for `spearman`."""
+    if not _can_be_ranked(a, b):
+        return None
+    count = len(a)
+    step = 4 / (count * (count - 1))
+    return _with_fisher(float(_stats().kendalltau(a, b).statistic), KENDALL_VARIANCE, count - KENDALL_LOST, step)
+
+
+def _can_be_ranked(a: Sequence[float], b: Sequence[float]) -> bool:
+    _require_finite([*a, *b])
+    return len(a) > 2 and len(set(a)) > 1 and len(set(b)) > 1
+
+
+def _with_fisher(value: float, variance: float, count: int, step: float) -> RankCorrelation:
+    """A correlation, with an interval by the normal distribution of its inverse hyperbolic tangent.
+
+    Few things can be ordered wholly alike by chance, where the transform knows no doubt: it is taken half a step inside.
+    """
+    value = max(-1.0, min(1.0, value))
+    if count < 1:
+        return RankCorrelation(value=value, low=None, high=None)
+    inside = max(step / 2 - 1, min(1 - step / 2, value))
+    low, high = _stats().norm.interval(CONFIDENCE, loc=math.atanh(inside), scale=math.sqrt(variance / count))
+    return RankCorrelation(value=value, low=min(math.tanh(low), value), high=max(math.tanh(high), value))
+
+
+def residual_std(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Standard deviation of `b` about its line through `a`, n - 2 degrees of freedom; None without a line or fewer than 3."""
+    if len(a) < 3 or len(set(a)) < 2:
+        return None
+    line = _stats().linregress(a, b)
+    left = [y - line.intercept - line.slope * x for x, y in zip(a, b, strict=True)]
+    return math.sqrt(math.fsum(value**2 for value in left) / (len(a) - 2))
+
+
 def two_sided(found: Difference) -> float | None:
     """Probability of a difference this large, either way, if there were none; None where there is no test."""
     p = found.p_one_sided

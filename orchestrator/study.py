@@ -14,11 +14,13 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from orchestrator import rungs as ladders
 from orchestrator import variables
 from orchestrator.errors import ConfigError
 from orchestrator.factors import Cell, Factor, NoisePlan, cells_of, noise_cells, parse_factors, require_repeatable
 from orchestrator.home import SHIPPED_STUDIES
 from orchestrator.measures import ARTIFACT_BYTES, EVAL_SECONDS, MEASURES, MINIMIZABLE, TRAIN_SECONDS
+from orchestrator.rungs import Rung
 from orchestrator.script import read_script
 from orchestrator.space import NumberRange, Range, grid_values, parse_range
 from orchestrator.variables import ScriptPlan
@@ -299,6 +301,38 @@ class Study:
 
     script: ScriptPlan | None = None
     """Program of somebody else's that is run in place of our trainer; `preset` is its name then."""
+
+    rungs: tuple[Rung, ...] = ()
+    """Of the ladder that the study is a rung of, the cheapest first; empty for every other study."""
+
+    rung_number: int = 0
+    not_transferring: tuple[str, ...] = ()
+    """Knobs of the space whose values do not go up with a point."""
+
+    gpus_apart: int = 0
+    """GPUs of a run where the ladder's last rung has another number: the same configuration is then another run. Else 0."""
+
+    @property
+    def rung(self) -> Rung | None:
+        """Its own; None where it is none of a ladder."""
+        return self.rungs[self.rung_number] if self.rungs else None
+
+    @property
+    def rung_name(self) -> str:
+        """The rung's name; the study's where it is none of a ladder."""
+        return self.rung.name if self.rung else self.name
+
+    @property
+    def ladder(self) -> str:
+        """Name of the ladder's last study; the study's own where it is none of a ladder."""
+        is_below = self.rung_number < len(self.rungs) - 1
+        return self.name.removesuffix(f"-{self.rung_name}") if is_below else self.name
+
+    @property
+    def other_rungs(self) -> tuple[str, ...]:
+        """Names of the studies that climb the same ladder."""
+        names = [ladders.study_name(self.ladder, self.rungs, number) for number in range(len(self.rungs))]
+        return tuple(name for name in names if name != self.name)
 
     @property
     def candidate_params(self) -> dict[str, Any]:
@@ -724,16 +758,65 @@ def _preset(name: str) -> tuple[Path, dict[str, Any]]:
 def parse_study(text: str, folder: Path = Path()) -> Study:
     """Read and check a study's text; raises ConfigError that names the table, the value and the rule.
 
-    The path of a script is relative to `folder`.
+    The path of a script is relative to `folder`. Of a ladder it is the rung that the text's first line names, else the last.
     """
     tables = _parse_toml(text)
+    if "rungs" not in tables:
+        return _study(tables, text, folder)
+    found = parse_ladder(ladders.whole_text(text))
+    names = [rung.name for rung in found[-1].rungs]
+    name = tables.get("rung", names[-1])
+    if name not in names:
+        raise ConfigError(f"there is no rung {name!r}", hint=nearest(str(name), names))
+    return found[names.index(name)]
+
+
+def parse_ladder(text: str) -> tuple[Study, ...]:
+    """Every rung's study of a ladder's text, the cheapest first; raises ConfigError."""
+    tables = _parse_toml(text)
+    if "rung" in tables:
+        raise ConfigError(
+            f"rung = {tables['rung']!r} is for the texts that caddie writes of a ladder's rungs",
+            hint="leave it out: `--until RUNG` ends after a rung",
+        )
+    rungs = ladders.parse_rungs(tables)
+    _, stays = ladders.split_space(tables.get("space"))
+    last = len(rungs) - 1
+    whole = dataclasses.replace(
+        _study(ladders.tables_of(tables, rungs, last), text, Path()),
+        rungs=rungs,
+        rung_number=last,
+        not_transferring=stays,
+    )
+    below = tuple(_below(tables, text, whole, number) for number in range(last))
+    ladders.require_points(rungs, below[0].search.trials)
+    return (*below, whole)
+
+
+def _below(tables: Mapping[str, Any], text: str, whole: Study, number: int) -> Study:
+    """A rung's study below the last; raises ConfigError with the rung's name."""
+    rung = whole.rungs[number]
+    try:
+        study = _study(ladders.tables_of(tables, whole.rungs, number), ladders.text_of(text, rung.name), Path())
+    except ConfigError as error:
+        raise ConfigError(f"rung {rung.name!r}: {error}", hint=error.hint) from error
+    gpus = study.resources.gpus_of_run
+    return dataclasses.replace(
+        study, rungs=whole.rungs, rung_number=number, not_transferring=whole.not_transferring,
+        gpus_apart=gpus if gpus != whole.resources.gpus_of_run else 0,
+    )  # fmt: skip
+
+
+def _study(tables: dict[str, Any], text: str, folder: Path) -> Study:
+    """One study of its tables; raises ConfigError."""
     known = (
         "name", "question", "preset", "data", "from", "set", "space", "search", "constraints", "stop_early", "confirm",
-        "interleave", "budget", "resources", "script", "stage", "factors", "noise",
+        "interleave", "budget", "resources", "script", "stage", "factors", "noise", "rungs",
     )  # fmt: skip
     for key in tables:
         if key not in known:
             raise ConfigError(f"a study has no key {key!r}", hint=nearest(key, known))
+    _require_no_marks(tables.get("space"))
     script = _script(tables, folder) if "script" in tables else None
     if script:
         tables |= {"preset": script.script.name}
@@ -779,6 +862,15 @@ def parse_study(text: str, folder: Path = Path()) -> Study:
     study = _without_own_seeds(study, tables) if sources else study
     _check(study)
     return study
+
+
+def _require_no_marks(space: Any) -> None:
+    """Raise ConfigError where a knob is marked for a ladder and there is none."""
+    for knob, entries in space.items() if isinstance(space, Mapping) else ():
+        if isinstance(entries, Mapping) and ladders.TRANSFERS in entries:
+            raise ConfigError(
+                f'[space."{knob}"] {ladders.TRANSFERS} goes with [[rungs]], and there are none', hint="leave it out"
+            )
 
 
 def _sources(tables: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class Controller:
         self.attempts = self._fresh_attempts()
         self.backlog = Backlog(study, ledger=self.ledger, attempts=self.attempts)
         self.early_stopping = EarlyStopping(study, home, search=search, progress=progress)
-        self.purse = Purse(home, study.name, study.budget)
+        self.purse = Purse(home, study.name, study.budget, beside=study.other_rungs)
         self.interrupts = Interrupts()
         self.told: list[Verdict] = []
         """Verdicts of this controller's life, in their order."""
@@ -304,6 +305,7 @@ class Controller:
             preset=self.study.preset, config=config, seed=seed, replicate=self._replicates.get(arm or "", 0),
             data_dir=str(self.data_dir), manifest_sha256=self.manifest_sha256, study=self.study.name, trial=trial,
             script=self.study.preset if self.study.script else "", script_values=self.study.script_values(params),
+            gpus=self.study.gpus_apart,
             **(self.sources.taken(config, seed) if self.sources else {}),
         )  # fmt: skip
 
@@ -320,29 +322,31 @@ class Controller:
 
     def _refill(self) -> None:
         """Fill the free slots with runs that are wanted; ask for more only when none is."""
-        waiting: set[str] = set()
+        wanted = deque(self.backlog.wanted())
         while self.slots.free:
-            wanted = [wanted for wanted in self.backlog.wanted() if wanted.run_id not in waiting]
             if wanted:
-                if not self._submit(wanted[0]):
-                    waiting.add(wanted[0].run_id)
-            elif not self._ask():
+                self._submit(wanted.popleft())
+                continue
+            asked = len(self.state.trials)
+            if not self._ask():
                 return
-            self._tell()
+            new = [self.state.trials[number] for number in range(asked, len(self.state.trials))]
+            wanted.extend(self.backlog.wanted(new or None))
 
-    def _submit(self, wanted: Wanted) -> bool:
-        """Start a run, or take the result that another study left; False where another study is at it now."""
+    def _submit(self, wanted: Wanted) -> None:
+        """Start a run, or take the result that another study left; nothing where another study is at it, or a cap forbids."""
+        owner = wanted.owner
+        if isinstance(owner, Trial) and (owner.state != ledger.RUNNING or self.backlog.is_given_up(owner)):
+            return  # by what was found since it was put in line
         run = self._plan(wanted.owner, wanted.seed)
         if self.attempts.is_elsewhere(run):
-            return False
+            return
         stored = self.store.result(wanted.run_id)  # asked second: the other study may have ended it just now
         if stored is not None and stored.status == protocol.COMPLETE:
             self.backlog.results[wanted.run_id] = stored
-        else:
-            if not self._affords(wanted):
-                return False
+            self._tell()
+        elif self._affords(wanted):
             self.attempts.submit(run)
-        return True
 
     # ------------------------------------------------------------------------------------------------ the budget
 
@@ -412,6 +416,8 @@ class Controller:
         self.search.begin(trial)
         for seed in runs:
             self._plan(trial, seed)
+        if not runs:
+            self._tell_trial(trial, self._refused(trial))
 
     def _refusal(self, params: Mapping[str, Any]) -> str:
         """Why the knobs, each in its range, make no configuration together; empty where they do."""
@@ -468,8 +474,11 @@ class Controller:
 
     def _stop_early(self) -> None:
         """Stop the trials that are behind; never the preset, and never a run that somebody else waits for too."""
+        if self.study.stop_early is None:
+            return
+        shared = self.backlog.shared_runs()
         for trial in self.backlog.running_trials():
-            if trial.number == 0 or self.backlog.is_shared(trial):
+            if trial.number == 0 or not shared.isdisjoint(trial.runs.values()):
                 continue
             found = self.early_stopping.given_up(trial, self.state)
             for attempt in self.attempts.open if found else ():

@@ -55,9 +55,10 @@ SHIELDING_TORCH = (2, 10)  # from which torchrun can be told to leave signals to
 SHIELD = "exec_ignoring"  # what the shell that ignores signals calls itself in messages
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "constriction", "triton")
+THREADS = "OMP_NUM_THREADS"
 # Named one by one: an environment holds secrets, and env.json is published with a record.
 ENVIRONMENT = (
-    "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PYTHONHASHSEED", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE",
+    "CUDA_VISIBLE_DEVICES", THREADS, "PYTHONHASHSEED", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE",
     *compile_cache.VARIABLES, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
     "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT",
 )  # fmt: skip
@@ -336,6 +337,9 @@ class Order:
     python: str = ""
     """Interpreter of the trainer; empty for this one."""
 
+    beside: int = 1
+    """Runs that share the processors that this one may use, itself counted."""
+
 
 def run_attempt(
     run_dir: str,
@@ -344,19 +348,24 @@ def run_attempt(
     gpus: str,
     timeout_seconds: float,
     grace_seconds: float = GRACE_SECONDS,
+    beside: int = 1,
 ) -> None:
-    """Run one attempt to its result. `gpus` is the value of CUDA_VISIBLE_DEVICES, empty for the CPU.
+    """Run one attempt to its result. `gpus` is the value of CUDA_VISIBLE_DEVICES, empty for the CPU; `beside` as in Order.
 
     A second copy of the same attempt finds the claim and leaves without a trace.
     """
-    order = Order(processes=processes, gpus=gpus, timeout_seconds=timeout_seconds, grace_seconds=grace_seconds)
+    order = Order(
+        processes=processes, gpus=gpus, timeout_seconds=timeout_seconds, grace_seconds=grace_seconds, beside=beside
+    )
     carry_out(RunDir(Path(run_dir)), attempt, order, Allocation())
 
 
-def run_in_own_session(run_dir: str, attempt: int, processes: int, gpus: str, timeout_seconds: float) -> None:
+def run_in_own_session(
+    run_dir: str, attempt: int, processes: int, gpus: str, timeout_seconds: float, beside: int = 1
+) -> None:
     """`run_attempt` in a session of its own, so that whoever kills the controller's whole process group spares the job."""
     os.setsid()
-    run_attempt(run_dir, attempt, processes, gpus, timeout_seconds)
+    run_attempt(run_dir, attempt, processes, gpus, timeout_seconds, beside=beside)
 
 
 def run_in_slurm(run_dir: str, attempt: int, processes: int, timeout_seconds: float, python: str) -> None:
@@ -527,7 +536,8 @@ def _run_trainer(part: Part, spec: Spec) -> tuple[int, str | None]:
     """Start the trainer, with what was compiled before, and see it end: its exit status, and why it had to end."""
     run, files, order = part.run, part.files, part.order
     tag = trainer_tag(files)
-    environment, machine = trainer_environment(order.gpus, tag), describe_machine(order.gpus, order.python)
+    environment = {THREADS: str(threads_of(order)), **trainer_environment(order.gpus, tag)}
+    machine = describe_machine(order.gpus, order.python)
     processes = order.processes * part.allocation.nodes
     key = compile_cache.key_of(spec, processes=processes, packages=machine.packages, gpus=machine.gpus)
     with compile_cache.lent(key, archive=home_of(run).compiled(key), environment=environment) as cache:
@@ -643,6 +653,14 @@ def trainer_environment(gpus: str, tag: str) -> dict[str, str]:
     if paths:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     return {**environment, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1", TRAINER_TAG: tag}
+
+
+def threads_of(order: Order) -> int:
+    """Threads of a process where the job's environment names no number: its share of the processors that the job may use.
+
+    torch would take them all in every process, and runs side by side would wait for one another.
+    """
+    return max(1, len(os.sched_getaffinity(0)) // (order.processes * order.beside))
 
 
 def _watch(process: subprocess.Popen[bytes], part: Part, tag: str, *, script: ScriptRun | None = None) -> str | None:

@@ -67,10 +67,11 @@ def main() -> None:
     misbehave(mode)
     bpb = bits_per_byte(spec.config, spec.seed)
     steps = 4
+    step_seconds = plan.get("seconds_by_trial", {}).get(str(spec.trial), steps * plan.get("step_seconds", 0.0)) / steps
     for step in range(1, steps + 1):
         whole_steps = step * spec.config["schedule"]["steps"] // steps
         events.metrics(whole_steps, step * 0.01, train_loss=bpb * 2, elapsed_frac=step / steps)
-        until = time.monotonic() + plan.get("step_seconds", 0.0)
+        until = time.monotonic() + step_seconds
         while time.monotonic() < until and not STOPPING:
             time.sleep(0.01)
         if STOPPING:

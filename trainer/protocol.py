@@ -308,6 +308,9 @@ class Spec:
     script: str = ""
     """Name of the program of somebody else's that is run in place of our trainer, `config` holding its environment."""
 
+    gpus: int = 0
+    """Part of the run's identity, where it is to be told from the same configuration on another number of GPUs; else 0."""
+
     study: str = ""
     """Study that asked first; another may ask for the same run and is told the same result."""
 

@@ -342,6 +342,12 @@ def test_what_was_never_submitted_is_submitted_with_the_resources_that_were_mend
     assert (attempt.number, attempt.resources["timeout_seconds"], attempt.status) == (1, 180.0, "complete")
 
 
+@pytest.mark.parametrize(("where", "beside"), [("", 3), ('launcher = "slurm"', 1)])
+def test_a_job_of_this_machine_knows_how_many_share_it_and_one_of_a_cluster_has_its_own(home, where, beside):
+    state = controller(tiny_study(trials=1, confirm=None, slots=3, resources=where), home).run()
+    assert [attempt.resources["beside"] for attempt in state.attempts.values()] == [beside]
+
+
 class Cluster(FakeLauncher):
     """Runs everything on one node, and says how what left no result ended."""
 

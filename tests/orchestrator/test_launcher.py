@@ -71,6 +71,15 @@ def test_the_gpus_of_the_slot_are_the_only_ones_that_the_trainer_sees(run, tag):
     assert protocol.read_json(attempt.env)["environment"]["CUDA_VISIBLE_DEVICES"] == "2,GPU-ab"
 
 
+def test_runs_side_by_side_share_the_machines_processors(run, tag, monkeypatch):
+    monkeypatch.delenv(worker.THREADS, raising=False)
+    launcher, attempt = LocalLauncher(), run.attempt(1)
+    launcher.submit(run, 1, tag=tag, resources=resources(beside=10_000))
+    until(attempt.result.exists)
+    assert protocol.read_json(attempt.env)["environment"][worker.THREADS] == "1"
+    assert protocol.read_json(attempt.job)["resources"]["beside"] == 10_000
+
+
 def test_a_job_is_found_by_its_tag_and_ends_when_it_is_cancelled(run, tag):
     write_plans(Home(run.root.parent.parent), {"*": {"mode": "deaf", "step_seconds": 60}})
     launcher, attempt = LocalLauncher(), run.attempt(1)

@@ -14,16 +14,8 @@ from optuna.trial import TrialState
 from orchestrator import ledger
 from orchestrator.errors import ConfigError, MachineError, StorageError
 from orchestrator.ledger import StudyState, Trial
-from orchestrator.search import (
-    Search,
-    is_worse_than_median,
-    knob_importance,
-    learned,
-    propose,
-    sampler_of,
-    seed_of,
-    space_of,
-)
+from orchestrator.memory import Memory
+from orchestrator.search import Search, is_worse_than_median, knob_importance, propose, sampler_of, seed_of
 from orchestrator.space import Choice, NumberRange
 from trainer.protocol import SLIDING
 
@@ -50,6 +42,10 @@ def trial(number, params, *, state=ledger.COMPLETE, value=1.0, **fields):
 
 def point(decay, rate=0.002):
     return {DECAY: decay, RATE: rate}
+
+
+def propose_on(study, trials, number, *, salt=0):
+    return propose(Memory.of(study, trials), number, salt=salt)
 
 
 def state_of(*trials):
@@ -104,7 +100,7 @@ def test_a_restart_goes_on_with_what_would_have_been_proposed(tmp_path, sampler)
 def test_another_study_is_searched_elsewhere(tmp_path):
     study = study_with()
     other = dataclasses.replace(study, name="other")
-    assert propose(study, {}, 1) != propose(other, {}, 1)
+    assert propose_on(study, {}, 1) != propose_on(other, {}, 1)
     assert seed_of("a", 1) != seed_of("a", 2) != seed_of("a", 2, 1)
 
 
@@ -119,7 +115,7 @@ def test_proposals_lie_in_the_space_and_fall_into_the_types_of_their_knobs(tmp_p
             "quant.method": Choice(values=("gptq", "rtn")),
         },
     )
-    seen = [propose(study, {}, number) for number in range(1, 30)]
+    seen = [propose_on(study, {}, number) for number in range(1, 30)]
     assert {params["ttt.epochs"] for params in seen} <= {1, 3, 5, 7}
     assert all(0.001 <= params["ttt.lr"] <= 0.1 for params in seen)
     assert {round(params["quant.damping"], 6) for params in seen} == {0.01, 0.05, 0.09}
@@ -147,9 +143,9 @@ def test_running_trials_keep_the_sampler_from_proposing_beside_them(tmp_path):
     """Constant liar: with the same trials told, a running one changes what comes next."""
     study = study_with()
     told = [trial(n, point(0.02 * (n + 1)), value=1.0 + n) for n in range(8)]
-    alone = propose(study, {t.number: t for t in told}, 9)
+    alone = propose_on(study, {t.number: t for t in told}, 9)
     running = trial(8, alone, state=ledger.RUNNING)
-    assert propose(study, {t.number: t for t in [*told, running]}, 9) != alone
+    assert propose_on(study, {t.number: t for t in [*told, running]}, 9) != alone
 
 
 def test_the_journal_shows_the_ledgers_trials_to_others(tmp_path):
@@ -298,12 +294,11 @@ def test_importance_finds_the_knob_that_matters_and_sums_to_one():
     assert shares[DECAY] > 0.6 and sum(shares.values()) == pytest.approx(1.0)
 
 
-def test_importance_is_empty_where_nothing_can_be_said(tmp_path):
+def test_importance_is_empty_where_nothing_can_be_said():
     study = study_with()
     few = state_of(*(trial(n, point(0.01 * (n + 1)), value=n) for n in range(3)))
     equal = state_of(*(trial(n, point(0.01 * (n + 1)), value=1.0) for n in range(9)))
     assert knob_importance(study, few) == knob_importance(study, equal) == {}
-    assert search_on(study, tmp_path, few).importance() == {}
 
 
 def test_an_unknown_sampler_is_refused():
@@ -319,7 +314,7 @@ def test_the_gaussian_process_says_that_it_needs_torch(monkeypatch):
 
 
 def test_the_objective_does_not_matter_to_the_search(tmp_path):
-    assert propose(study_with(objective=SLIDING), {}, 3) == propose(study_with(), {}, 3)
+    assert propose_on(study_with(objective=SLIDING), {}, 3) == propose_on(study_with(), {}, 3)
 
 
 # ------------------------------------------------------------------------------------------------ limits, objectives, grids
@@ -334,19 +329,18 @@ def test_a_point_that_breaks_a_limit_turns_the_sampler_away_though_its_score_is_
         over = {"artifact_bytes": 1e6 * (decay - 0.15)}
         trials[number] = trial(number, point(decay), value=2.0 - decay, constraints=over)
     free = {n: dataclasses.replace(t, constraints={"artifact_bytes": -1.0}) for n, t in trials.items()}
-    bound = [propose(study, trials, 24, salt=salt)[DECAY] for salt in range(12)]
-    unbound = [propose(study, free, 24, salt=salt)[DECAY] for salt in range(12)]
+    bound = [propose_on(study, trials, 24, salt=salt)[DECAY] for salt in range(12)]
+    unbound = [propose_on(study, free, 24, salt=salt)[DECAY] for salt in range(12)]
     assert sorted(bound)[6] < 0.17 < sorted(unbound)[6]
 
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "not_finite", "over_cap"])
 def test_a_point_that_failed_by_itself_is_learned_from_and_one_that_the_machine_failed_is_not(kind):
     study = study_with(sampler="cmaes", startup_trials=2)
-    space = space_of(study)
     good = [trial(n, point(0.05 + 0.01 * n), value=1.0 + n, constraints={"artifact_bytes": -5.0}) for n in range(3)]
     failed = trial(3, point(0.2), state=ledger.FAILED, failure=kind)
     lost = trial(4, point(0.21), state=ledger.FAILED, failure="infrastructure")
-    seen = learned(study, state_of(*good, failed, lost).trials, space)
+    seen = Memory.of(study, state_of(*good, failed, lost).trials).views
     assert [t.state for t in seen] == [TrialState.COMPLETE] * 4 + [TrialState.FAIL]
     assert seen[3].value == 3.0 and seen[3].constraints == {"artifact_bytes": 0.0, "failed": 1.0}
     assert seen[0].constraints["failed"] == 0.0 and seen[0].constraints["artifact_bytes"] < 0
@@ -358,7 +352,7 @@ def test_excesses_are_shares_of_their_limits_so_that_bytes_do_not_drown_seconds(
         "artifact_bytes": study.limits["artifact_bytes"] * 0.01,
         "train_seconds": study.limits["train_seconds"] * 0.5,
     }
-    (seen,) = learned(study, state_of(trial(0, point(0.1), constraints=over)).trials, space_of(study))
+    (seen,) = Memory.of(study, state_of(trial(0, point(0.1), constraints=over)).trials).views
     assert seen.constraints == {"artifact_bytes": pytest.approx(0.01), "train_seconds": pytest.approx(0.5)}
 
 
@@ -372,9 +366,42 @@ def test_every_trial_names_the_same_limits_whatever_was_measured_of_it():
         trial(3, point(0.25), state=ledger.FAILED, failure="out_of_memory"),
         trial(4, point(0.15), state=ledger.PRUNED, intermediate={500: 3.0}),
     ).trials
-    assert len({tuple(t.constraints) for t in learned(study, trials, space_of(study))}) == 1
-    assert set(propose(study, trials, 5)) == {DECAY, RATE}
-    assert propose(study, trials, 5) == propose(study, trials, 5)
+    assert len({tuple(t.constraints) for t in Memory.of(study, trials).views}) == 1
+    assert set(propose_on(study, trials, 5)) == {DECAY, RATE}
+    assert propose_on(study, trials, 5) == propose_on(study, trials, 5)
+
+
+@given(
+    ends=st.lists(
+        st.tuples(
+            st.sampled_from([ledger.COMPLETE, ledger.PRUNED, ledger.FAILED]),
+            st.sampled_from(["out_of_memory", "infrastructure"]),
+            st.floats(1.0, 3.0),
+            st.sampled_from([{}, {"artifact_bytes": -4.0}, {"artifact_bytes": 9.0, "train_seconds": -1.0}]),
+        ),
+        max_size=8,
+    ),
+    order=st.randoms(use_true_random=False),
+    sampler=st.sampled_from(["tpe", "cmaes"]),
+)
+def test_a_memory_that_is_kept_step_by_step_is_the_one_that_is_made_at_once(ends, order, sampler):
+    study = study_with(sampler=sampler)
+    trials = {n: trial(n, point(0.02 + 0.02 * n), state=ledger.RUNNING) for n in range(len(ends) + 1)}
+    kept = Memory(study)
+    for n in trials:
+        kept.note(trials[n])
+    for n in order.sample(range(len(ends)), len(ends)):
+        state, failure, value, constraints = ends[n]
+        trials[n].state, trials[n].constraints = state, constraints
+        trials[n].value = value if state == ledger.COMPLETE else None
+        trials[n].failure = failure if state == ledger.FAILED else None
+        kept.note(trials[n])
+        assert len(kept.views) == len(trials)  # asked under way too: what it has made must not be kept for too long
+    fresh = Memory.of(study, trials)
+    assert [(t.number, t.state, t.params, t.values, t.constraints) for t in kept.views] == [
+        (t.number, t.state, t.params, t.values, t.constraints) for t in fresh.views
+    ]
+    assert propose(kept, 20) == propose(fresh, 20)
 
 
 def several(**search):
@@ -418,9 +445,10 @@ def test_a_grid_is_gone_through_whole_in_an_order_of_the_studys_own_and_none_twi
     points = {(round(params[DECAY], 6), params[RATE]) for params in asked}
     assert len(points) == 18 and {decay for decay, _ in points} == {0.01, 0.06, 0.11, 0.16, 0.21, 0.26}
     other = dataclasses.replace(study, name="other")
-    assert propose(other, {}, 1) != propose(study, {}, 1)
+    assert propose_on(other, {}, 1) != propose_on(study, {}, 1)
     taken = {n: trial(n, params) for n, params in enumerate(asked)}
-    assert propose(study, taken, 99) in [t.params for t in taken.values()]  # all are taken: a run that is there already
+    again = propose_on(study, taken, 99)
+    assert again in [t.params for t in taken.values()]  # all are taken: a run that is there already
 
 
 def test_evolution_begins_at_random_and_then_comes_closer(tmp_path):

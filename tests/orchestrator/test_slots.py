@@ -79,6 +79,8 @@ def test_resources_are_read_back_from_a_record():
 
 
 def test_resources_of_a_cluster_are_read_back_and_counted():
-    resources = JobResources(slot=0, processes=8, timeout_seconds=60.0, nodes=2, gpus_per_node=8, exclude=("node3",))
+    resources = JobResources(
+        slot=0, processes=8, timeout_seconds=60.0, nodes=2, gpus_per_node=8, exclude=("node3",), beside=3
+    )
     assert JobResources.from_record({**vars(resources), "exclude": ["node3"]}) == resources
     assert (resources.gpu_count, JobResources(slot=0, gpus=("4", "7"), timeout_seconds=1.0).gpu_count) == (16, 2)

@@ -161,6 +161,27 @@ def test_the_trainer_does_not_see_our_checkout(monkeypatch):
     assert "PYTHONPATH" not in worker.trainer_environment("3", "t")
 
 
+@pytest.mark.parametrize(
+    ("processors", "processes", "beside", "threads"),
+    [(8, 1, 1, 8), (8, 1, 3, 2), (8, 2, 2, 2), (2, 1, 3, 1), (2, 8, 4, 1)],
+)
+def test_a_process_gets_its_share_of_the_processors_that_the_job_may_use(
+    monkeypatch, processors, processes, beside, threads
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    order = worker.Order(processes=processes, gpus="", timeout_seconds=1.0, beside=beside)
+    assert worker.threads_of(order) == threads
+
+
+@pytest.mark.parametrize(("set_by_user", "threads"), [(None, "1"), ("5", "5")])
+def test_the_trainers_threads_are_the_users_where_he_names_a_number(run, monkeypatch, set_by_user, threads):
+    monkeypatch.delenv(worker.THREADS, raising=False)
+    if set_by_user:
+        monkeypatch.setenv(worker.THREADS, set_by_user)
+    worker.run_attempt(str(run.root), 1, 1, "", 60.0, beside=10_000)
+    assert protocol.read_json(run.attempt(1).env)["environment"][worker.THREADS] == threads
+
+
 def part_of(run, allocation=None, *, number=1, **order):
     """A worker's part of an attempt, which it has claimed."""
     allocation = allocation or Allocation(job="9", names=("node1",))

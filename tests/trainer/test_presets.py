@@ -1,14 +1,16 @@
-"""The shipped presets: what they are, by the numbers that are published of them, and that each can be run."""
+"""The shipped presets: what they are, by the numbers that are published of them. That each can be run from its bundle is in
+tests/end_to_end/test_presets.py.
+"""
 
 import re
 
 import pytest
 import torch
 
-from orchestrator import bundle
 from orchestrator.home import SHIPPED_STUDIES
 from orchestrator.study import load_preset, not_accepted
 from tests.trainer.make_data import VOCAB_SIZE
+from tests.trainer.published import FACTS
 from tests.trainer.tiny import ALONE
 from trainer.config import knob_value, with_knobs
 from trainer.model import Model, begin_passes
@@ -17,22 +19,6 @@ from trainer.train import Network, depths, random_batch
 
 FOLDER = SHIPPED_STUDIES / "presets"
 NAMES = sorted(path.stem for path in FOLDER.glob("pr*.toml") if path.stem != "pr1326-fisher")
-
-PLAIN = list(range(11))
-TWICE = [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
-THRICE = [0, 1, 2, 3, 4, 5, 4, 5, 4, 5, 6, 7, 8, 9, 10]
-THREE_THRICE = [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
-
-# Parameters by the public logs, less what the preset says that it has fewer; layers in their order at the end.
-FACTS = {
-    "pr1326": (34_401_372, TWICE), "pr1334": (34_401_372, TWICE), "pr1296": (34_401_372, TWICE),
-    "pr1285": (34_401_371, TWICE), "pr1260": (34_401_371, TWICE), "pr1218": (34_401_371, PLAIN),
-    "pr1394": (35_943_512, THRICE), "pr1412": (35_943_512, THRICE), "pr1413": (35_943_512, THRICE),
-    "pr1493": (35_944_536, THREE_THRICE), "pr1514": (35_944_536, THREE_THRICE),
-    "pr1019": (27_067_484, PLAIN), "pr549": (26_993_756 - 512 * 128, PLAIN), "pr493": (26_829_913, PLAIN),
-    "pr461": (24_634_452 - 2_048, [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9]),
-    "pr1204": (30_352_046 - 4_112 - 42, TWICE), "pr1289": (None, TWICE), "pr1217": (None, PLAIN),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -93,12 +79,6 @@ def test_a_step_at_each_depth_moves_every_weight_that_is_used_and_lowers_the_los
             optimizers.step(lr_scale=1.0, momentum=config.optim.muon_momentum)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     assert losses[-1] < 0.9 * losses[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_each_bundle_is_within_the_limit(name):
-    assert len(bundle.build(load_preset(name))) <= bundle.LARGEST_BYTES == 25_000
 
 
 def test_slot_alone_is_not_accepted():
