@@ -33,7 +33,7 @@ FELT = 1e-6  # nats by which a token's score moves, on average; without part in 
 NEAREST, FED_BACK = 0.99, 0.95  # parts of a matrix's integers that are the nearest: without error feedback, and with it
 GAIN_MOVES = 0.6  # by which training in small moves the queries' gain, at most
 BETWEEN_5_AND_6_BITS = 23  # of the largest integers
-STEPS_OFF = 1.5  # of a coarser grid, by which rounding and error feedback move a row's largest integer, at most
+STEPS_OFF = 2.5  # of a coarser grid, by which rounding and error feedback move a row's largest integer; seen: 1.8
 SCALES_OFF = 0.03  # a scale keeps 6 bits, and is rounded once more where the grid is changed: 0.8 % each time
 
 
