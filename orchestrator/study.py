@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from orchestrator import rungs as ladders
 from orchestrator import variables
+from orchestrator.acceptance import objections
 from orchestrator.errors import ConfigError
 from orchestrator.factors import Cell, Factor, NoisePlan, cells_of, noise_cells, parse_factors, require_repeatable
 from orchestrator.home import SHIPPED_STUDIES
@@ -430,11 +431,8 @@ class Study:
             found.append("cells on one seed: no difference between them gets an interval")
         elif self.confirm and not self.cells and 0 < len(self.confirm.seeds) < 3:
             found.append(f"confirmation on {len(self.confirm.seeds)} of the three seeds that a record needs")
-        if any(config.ttt.before_quantization for config in self.configs):
-            found.append(
-                "ttt.before_quantization learns what is scored afterwards: these scores are for this study alone"
-            )
-        return found
+        refused = dict.fromkeys(why for config in self.configs for why in objections(config))
+        return [*found, *(f"{why}; such scores are for this study alone" for why in refused)]
 
 
 def on_seeds(study: Study, seeds: tuple[int, ...]) -> Study:

@@ -148,7 +148,7 @@ def test_a_factorial_study_of_two_checkpoints_trains_nothing_and_ends_in_its_con
     parts = {arm.name: read_spec(home.run(arm.runs[0].run_id).spec).source_part for arm in evidence.arms}
     assert set(parts.values()) == {protocol.WEIGHTS}
     assert "Interactions" in ran.stdout and "(sgd − none) with gptq − with nearest" in ran.stdout
-    assert "these scores are for this study alone" in ran.stdout
+    assert "such scores are for this study alone" in ran.stdout
     again = caddie(*begin, "study", "run", str(file), cwd=home.root)
     assert again.returncode == 0, again.stderr
     assert len(gather(home, "cells").attempts) == 12  # nothing is run twice

@@ -124,7 +124,7 @@ def test_a_design_over_a_stored_model_may_vary_evaluation_and_rounding_alone():
 
 def test_learning_beforehand_is_warned_of_and_needs_weights_that_learn(smoke):
     before = FACTORS + '\n[factors.learning.before]\n"ttt.before_quantization" = true\n'
-    assert any("these scores are for this study alone" in warning for warning in parse_study(HEAD + before).warnings())
+    assert any("such scores are for this study alone" in warning for warning in parse_study(HEAD + before).warnings())
     with pytest.raises(ConfigError, match="needs weights that learn themselves, got ttt.method 'lora'"):
         with_knobs(smoke, {"ttt.before_quantization": True, "ttt.method": "lora"})
 
