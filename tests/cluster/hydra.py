@@ -1,7 +1,7 @@
 """Makespan and idle slots beside Hydra's Optuna sweeper with its submitit launcher, on the same sleeping objective, in one run.
 
     python -m venv /tmp/hydra && /tmp/hydra/bin/pip install hydra-core hydra-submitit-launcher hydra-optuna-sweeper
-    python -m benchmarks.hydra local|slurm --python /tmp/hydra/bin/python [--trials 32] [--slots 8] [--repetitions 3]
+    python tests/cluster/hydra.py local|slurm --python /tmp/hydra/bin/python [--trials 32] [--slots 8] [--repetitions 3]
 
 Trial n sleeps as long under both; how long, follows a log-normal distribution whose median and spread are given. A slot is
 idle from the end of an objective to the beginning of the next one in the same slot, whatever goes on in between.
@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "orchestrator")]
 
 from orchestrator.home import Home  # noqa: E402
