@@ -31,9 +31,7 @@ LARGEST_BUNDLE_BYTES = 25_000
 REPRODUCED = 1e-6  # nats per token between compiled and plain float32; seen: 3e-8
 FELT = 1e-6  # nats by which a token's score moves, on average; without part in it every bit would stay. Seen: 9e-6
 NEAREST, FED_BACK = 0.99, 0.95  # parts of a matrix's integers that are the nearest: without error feedback, and with it
-GAIN_MOVES = (
-    1.5  # by which training in small moves the queries' gain, at most; seen: 0.64 in four seconds of a busy core
-)
+GAIN_MOVES = 1.5  # by which training in small moves the queries' gain, at most; seen: 0.64
 BETWEEN_5_AND_6_BITS = 23  # of the largest integers
 STEPS_OFF = 2.5  # of a coarser grid, by which rounding and error feedback move a row's largest integer; seen: 1.8
 SCALES_OFF = 0.03  # a scale keeps 6 bits, and is rounded once more where the grid is changed: 0.8 % each time
