@@ -1,18 +1,21 @@
 """Test-time training by quantiser: what each way of learning wins on models rounded in different ways, and what it costs.
 
     python -m benchmarks.adaptation RUN [RUN...] [--data DIR] [--positions N] [--roundings nearest,...] [--ways sgd,...]
+        [--scores FILE.jsonl]
 
 Each RUN is a run directory with its final weights, usually one a seed. Every quantiser rounds the same weights, on its own
 quantile grid and without a cap; every way of learning starts from the same rounded model and is scored by the configuration's
 protocol, each chunk before it is learned from. `before` learns from the validation text *before* rounding, against the
-rules of the challenge (condition 3): it is here because a public table has it. Prints a page in Markdown.
+rules of the challenge (condition 3): it is here because a public table has it. Prints a page in Markdown. With `--scores` every
+score is appended to that file as well, and the contrasts at the end are of all scores in it: seeds may be measured on
+several GPUs, one process each.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks.quantization import UNLIMITED, Bench
+from orchestrator.cells import as_markdown
+from orchestrator.factors import Factor
+from orchestrator.interactions import KINDS, MAIN, cells_table, contrasts, contrasts_table
 from trainer import artifact, protocol
 from trainer.attention import fastest_kernels
 from trainer.by_document import Documents, evaluate_documents
@@ -59,6 +65,7 @@ class Learner(Bench):
         super().__init__(run, data, positions)
         self.seed = protocol.read_spec(run.spec).seed
         self.compiled: Config = with_knobs(self.config, {"runtime.compile": True})
+        self.kept: dict[TTTConfig, dict[str, torch.Tensor]] = {}
 
     def fresh(self, state: dict[str, torch.Tensor], *, compiles: bool = True) -> Model:
         model = build_model(self.compiled, self.world, compiles=compiles)
@@ -108,28 +115,49 @@ class Learner(Bench):
         return corrected(artifact.load(result.packed, str(knobs)).state())
 
     def learned(self, ttt: TTTConfig) -> dict[str, torch.Tensor]:
-        """The weights after learning from the whole split, before any rounding."""
-        model = self.fresh(self.state)
-        self.judged(model, ttt)
-        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        """The weights after learning from the whole split, before any rounding; learned once for all roundings."""
+        if ttt not in self.kept:
+            model = self.fresh(self.state)
+            self.judged(model, ttt)
+            self.kept[ttt] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return self.kept[ttt]
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one cell scored on one seed."""
+
+    seed: int
+    rounding: str
+    way: str
+    bpb: float
+    against: float
+    """Without learning, by the same protocol."""
+
+    seconds: float
+
+    def __str__(self) -> str:
+        title = WAYS[self.way][0] if self.way != NONE else NONE
+        gain = f"{1e3 * (self.bpb - self.against):+.2f}" if self.way != NONE else ""
+        return (
+            f"| {self.seed} | {ROUNDINGS[self.rounding][0]} | {title} | {self.bpb:.5f} | {gain} | {self.seconds:.1f} |"
+        )
+
+
+NONE = "none"
 HEAD = """| seed | rounding | learning | BPB | gain, mBPB | seconds |
 |---|---|---|---|---|---|"""
 
 
-def rows(
-    bench: Learner, roundings: list[str], ways: list[str], gains: dict[tuple[str, str], list[float]]
-) -> Iterator[str]:
-    """A line for every rounding and way of learning; the gains go into `gains`."""
+def rows(bench: Learner, roundings: list[str], ways: list[str]) -> Iterator[Row]:
+    """Every rounding, without learning and with every way of it."""
     for rounding in roundings:
-        name, knobs = ROUNDINGS[rounding]
+        knobs = ROUNDINGS[rounding][1]
         state = bench.rounded(bench.state, knobs)
-        plain = bench.judged(bench.fresh(state))
-        yield f"| {bench.seed} | {name} | none | {plain.score.bpb:.5f} | | {plain.score.seconds:.1f} |"
+        plain = bench.judged(bench.fresh(state)).score
+        yield Row(bench.seed, rounding, NONE, plain.bpb, plain.bpb, plain.seconds)
         for way in ways:
-            title, changes = WAYS[way]
-            ttt, against = dataclasses.replace(bench.config.ttt, **changes), plain.score.bpb
+            ttt, against = dataclasses.replace(bench.config.ttt, **WAYS[way][1]), plain.bpb
             started = time.perf_counter()
             if way == "before":
                 found = bench.judged(bench.fresh(bench.rounded(bench.learned(ttt), knobs))).score.bpb
@@ -137,35 +165,48 @@ def rows(
                 against, found = bench.by_document(state, ttt)
             else:
                 found = bench.judged(bench.fresh(state), ttt).score.bpb
-            took, gain = time.perf_counter() - started, 1e3 * (found - against)
-            gains.setdefault((rounding, way), []).append(gain)
-            yield f"| {bench.seed} | {name} | {title} | {found:.5f} | {gain:+.2f} | {took:.1f} |"
+            yield Row(bench.seed, rounding, way, found, against, time.perf_counter() - started)
 
 
-def summary(gains: dict[tuple[str, str], list[float]]) -> Iterator[str]:
-    """The mean gain of each cell over the seeds."""
-    yield "\n| rounding | learning | seeds | gain, mBPB | std |\n|---|---|---|---|---|"
-    for (rounding, way), values in gains.items():
-        spread = f"{statistics.stdev(values):.2f}" if len(values) > 1 else "–"
-        yield f"| {ROUNDINGS[rounding][0]} | {WAYS[way][0]} | {len(values)} | {statistics.fmean(values):+.2f} | {spread} |"
+def summary(found: list[Row]) -> Iterator[str]:
+    """Cells and contrasts over the seeds. Learning by documents is left out: it is scored by another protocol."""
+    kept = [row for row in found if row.way != "document"]
+    levels = [tuple(dict.fromkeys(getattr(row, name) for row in kept)) for name in ("rounding", "way")]
+    factors = [
+        Factor(name=name, levels={level: {} for level in found})
+        for name, found in zip(("rounding", "learning"), levels, strict=True)
+    ]
+    scores: dict[tuple[str, ...], dict[int, float]] = {(one, two): {} for one in levels[0] for two in levels[1]}
+    for row in kept:
+        scores[row.rounding, row.way][row.seed] = row.bpb
+    shown = contrasts(factors, scores)
+    for table in (cells_table(factors, scores), *(contrasts_table(kind, shown) for kind in KINDS if kind != MAIN)):
+        yield f"\n{as_markdown(table)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="*")
     parser.add_argument("--data", type=Path, help="data set; default the run's own")
     parser.add_argument("--positions", type=int, default=10**9, help="validation targets to score, at most")
     parser.add_argument("--roundings", default=",".join(ROUNDINGS))
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="keep every score here, as JSON lines")
     options = parser.parse_args()
-    gains: dict[tuple[str, str], list[float]] = {}
+    found = []
     with fastest_kernels():
         print(HEAD)
         for run in options.runs:
             bench = Learner(protocol.RunDir(run), options.data, options.positions)
-            for line in rows(bench, options.roundings.split(","), options.ways.split(","), gains):
-                print(line, flush=True)
-        print("\n".join(summary(gains)))
+            for row in rows(bench, options.roundings.split(","), options.ways.split(",")):
+                found.append(row)
+                print(row, flush=True)
+                if options.scores:
+                    with options.scores.open("a") as file:
+                        file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+    if options.scores:
+        found = [Row(**json.loads(line)) for line in options.scores.read_text().splitlines()]
+    print("\n".join(summary(found)))
 
 
 if __name__ == "__main__":

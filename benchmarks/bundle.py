@@ -21,7 +21,7 @@ import brotli
 from orchestrator import bundle
 from orchestrator.bundle import PACKAGE, ROOT
 from orchestrator.folding import choices
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from trainer.config import Config, parse_value, with_knobs
 
 PRINTABLE_DIGITS = 95  # of the number that a bundle of printable characters holds

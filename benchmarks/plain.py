@@ -66,7 +66,8 @@ class PlainNetwork(nn.Module):
         for position, layer in enumerate(order):
             block = model.blocks[layer]
             if position >= half and position - half < config.layers // 2:
-                x = self._fuse(x, states.pop(), position - half)
+                state = states.pop()
+                x = self._fuse(x, state, position - half) if lane is None or config.lane_skips else x
             if lane is None and block.is_parallel:
                 lane = x
             x = self._attend(block, x, x0, cos_TR, sin_TR, values.get(layer))

@@ -33,7 +33,8 @@ from orchestrator.ledger import Trial
 from orchestrator.search import Search
 from orchestrator.slots import Slots
 from orchestrator.statistics import summarize
-from orchestrator.study import Study, parse_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from orchestrator.sweep import Controller
 
 BOUNDS = {

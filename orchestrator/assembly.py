@@ -34,7 +34,8 @@ from orchestrator.runs import RunStore
 from orchestrator.search import Search
 from orchestrator.slots import Slots, machine_slots
 from orchestrator.slurm_launcher import SlurmLauncher
-from orchestrator.study import SLURM, Study, load_study
+from orchestrator.study import SLURM, Study
+from orchestrator.study_file import load_study
 from orchestrator.sweep import Controller
 
 DEMO_STUDY = SHIPPED_STUDIES / "wd-qk-ttt-smoke.toml"

@@ -7,15 +7,16 @@ import time
 
 from orchestrator import ledger, node_check
 from orchestrator.ages import Ages
+from orchestrator.claims import began_by_now, read_claim
 from orchestrator.demands import DemandBook
 from orchestrator.errors import ProtocolError
+from orchestrator.failures import failure_of_lost
 from orchestrator.home import Home
 from orchestrator.job_names import JobNames
 from orchestrator.ledger import Attempt, OpenLedger
 from orchestrator.ports import Launcher, OpenJob, Progress, Unanswered
 from orchestrator.slots import JobResources, Slots
 from orchestrator.study import SLURM, Study
-from orchestrator.worker import began_by_now, failure_of_lost, read_claim
 from trainer import protocol
 from trainer.protocol import AttemptDir, Failure, Result, RunDir
 
@@ -267,6 +268,7 @@ class Attempts:
         if result.status == protocol.STOPPED and not files.stop.exists():
             result = _stopped_by_the_machine(result, files)
             protocol.write_result(files.result, result)
+        is_refused = not is_lost and _is_of_node(result) and self._is_refused(attempt, files)
         self.ledger.decide(
             ledger.ENDED,
             run_id=attempt.run_id,
@@ -276,7 +278,7 @@ class Attempts:
             seconds=self._seconds(attempt, files),
             gpus=JobResources.from_record(attempt.resources).gpu_count,
             nodes=self.launcher.nodes_of(files, tag=attempt.tag),
-            is_refused=not is_lost and _is_of_node(result) and self._is_refused(attempt, files),
+            is_refused=is_refused,
         )
         self.slots.release((attempt.run_id, attempt.number))
         self._ages.forget((attempt.run_id, attempt.number))
@@ -285,6 +287,16 @@ class Attempts:
             self.progress.note(
                 f"run {attempt.run_id} attempt {attempt.number}: {result.failure.kind}: {result.failure.message}"
             )
+        if not self.launcher.has_queue:  # a scheduler is told which nodes to leave out
+            self._note_slot(JobResources.from_record(attempt.resources), is_refused=is_refused)
+
+    def _note_slot(self, resources: JobResources, *, is_refused: bool) -> None:
+        """Let a slot of this machine rest where a run was refused, and take it for sound where one began."""
+        if not is_refused:
+            self.slots.has_served(resources.slot)
+            return
+        gpus = f" (GPU {', '.join(resources.gpus)})" if resources.gpus else ""
+        self.progress.note(f"slot {resources.slot}{gpus} gets no run for {self.slots.rest(resources.slot):.0f} s")
 
     def _is_refused(self, attempt: Attempt, files: AttemptDir) -> bool:
         """Whether the node failed before the run had begun, or was found wanting by its first steps."""

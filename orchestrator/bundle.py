@@ -21,13 +21,14 @@ from orchestrator.minify import minify
 from trainer.config import Config
 
 ROOT = Path(trainer.__file__).parent
+LARGEST_BYTES = 25_000
 PACKAGE, ENTRY, CONFIG = "trainer", "main", "config"
 
 # Modules that a run needs, in an order that packs well; `trainer/` holds others that prepare data or probe.
 MODULES = (
-    "protocol", "graphs", "errors", "data", "main", "model", "train", "distributed", "schedule", "muon", "optim",
-    "gptq", "ttt", "evaluate", "calibration", "lora", "by_document", "coding", "artifact", "fit", "quantize", "checkpoint",
-    "slot", "attention", "kernels", "config",
+    "graphs", "checkpoint", "protocol", "data", "main", "train", "distributed", "optim", "calibration", "schedule",
+    "quantize", "lora", "ttt", "config", "fit", "gptq", "coding", "errors", "slot", "artifact", "model",
+    "attention", "evaluate", "by_document", "muon", "kernels",
 )  # fmt: skip
 
 # What a run takes on trust (`minify` says what becomes of it). Each check was made on the same values, by this code from
@@ -35,6 +36,7 @@ MODULES = (
 CHECKS = (
     "config._require_known",  # when a run is planned: the orchestrator writes a checked Config, whole, into the spec
     "protocol._require_fields",  # the same; and by the worker, which reads the spec before it starts the trainer
+    "protocol._require_protocol",  # the same: a run directory holds the bundle of the code that wrote the spec
     "protocol._require_manifest",  # when a run is planned; the spec holds the manifest's hash
     "data._require_lone_space",  # when a data set is prepared; the manifest holds the tokenizer's hash
 )
@@ -127,9 +129,15 @@ def launcher(packed: Iterable[bytes]) -> str:
 
 def build(config: Config | None = None) -> bytes:
     """The bundle of the installed trainer for runs of a configuration's choices; the same sources and choices give the
-    same bytes. Without a configuration it is for any run: it says what the trainer is.
+    same bytes. Without a configuration it is for any run, and of any size: it says what the trainer is. Raises
+    CaddieError over the limit.
     """
-    return _build(None if config is None else tuple(choices(config).items()))
+    if config is None:
+        return _build(None)
+    bundle = _build(tuple(choices(config).items()))
+    if len(bundle) > LARGEST_BYTES and not config.runtime.resumable:  # which no record is
+        raise CaddieError(f"the bundle has {len(bundle)} bytes, the limit is {LARGEST_BYTES}", hint="shorten trainer/")
+    return bundle
 
 
 @functools.cache

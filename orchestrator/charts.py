@@ -24,6 +24,9 @@ BLUE, ORANGE, GREY, RED = "#3b82d6", "#e07a1f", "#8b929c", "#d64545"
 """Readable on white and on near-black; blue and orange are told apart by most colour-blind readers."""
 
 COLORS = {BEST_ARM: BLUE, PRESET_ARM: ORANGE}
+SEARCH, OTHERS = "search", "other arms"
+"""Groups of runs without a colour of their own: a search's trials, and arms by other names, such as a design's cells."""
+
 MOST_POINTS = 400
 """Points of one line: enough for a screen's width, and a page of hundreds of runs still opens."""
 
@@ -101,7 +104,7 @@ def loss_chart(curves: Sequence[Curve], *, by: str) -> Chart | None:
     figure = _figure(LOSS_TITLES[by], "training loss, nats per token")
     named: set[str] = set()
     for curve in sorted(drawn, key=lambda curve: curve.run.owner in COLORS):
-        group = curve.run.owner if curve.run.owner in COLORS else "search"
+        group = _group(curve.run)
         every = max(1, len(curve.steps) // MOST_POINTS)
         x = _xs(curve, by)[::every]
         figure.add_scatter(
@@ -118,6 +121,13 @@ def loss_chart(curves: Sequence[Curve], *, by: str) -> Chart | None:
         note=f"One line a run; hover for its owner and seed.{_left_out(curves, drawn)}",
         figures=(figure,),
     )
+
+
+def _group(run: RunEvidence) -> str:
+    """The name under which a run is shown."""
+    if run.owner in COLORS:
+        return run.owner
+    return SEARCH if run.is_of_trial else OTHERS
 
 
 def _thinned(lines: Sequence[T], runs: Sequence[RunEvidence]) -> list[T]:
@@ -197,7 +207,7 @@ def stages_chart(evidence: Evidence) -> Chart | None:
     named: set[str] = set()
     drawn = _thinned(runs, runs)
     for run in sorted(drawn, key=lambda run: run.owner in COLORS):
-        group = run.owner if run.owner in COLORS else "search"
+        group = _group(run)
         figure.add_scatter(
             x=[name.removesuffix(" BPB") for name in STAGE_NAMES.values()], y=[run.bpb(stage) for stage in protocol.STAGES],
             mode="lines+markers", name=group, legendgroup=group, showlegend=group not in named,
@@ -300,8 +310,8 @@ def front_chart(evidence: Evidence) -> Chart | None:
     if len(runs) < 2:
         return None
     figure = _figure("artifact bytes", STAGE_NAMES[stage])
-    for group in ("search", PRESET_ARM, BEST_ARM):
-        shown = [run for run in runs if (run.owner if run.owner in COLORS else "search") == group]
+    for group in (SEARCH, OTHERS, PRESET_ARM, BEST_ARM):
+        shown = [run for run in runs if _group(run) == group]
         if shown:
             figure.add_scatter(
                 x=[_size(run) for run in shown], y=[run.bpb(stage) for run in shown], mode="markers", name=group,

@@ -16,12 +16,15 @@ from pathlib import Path
 
 from orchestrator import compile_cache, watch, worker
 from orchestrator.errors import CaddieError, DataError
+from orchestrator.failures import SHOWN_LINES, classify, explain, log_tail
+from orchestrator.machine import describe_environment, describe_machine
+from orchestrator.processes import TRAINER_TAG, signal_tagged, trainer_tag
 from trainer import protocol
 from trainer.protocol import VALIDATION, DataDir, Failure, Manifest, Result, RunDir
 
 KEPT = (
     "PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "CUDA_HOME", "CC", "CXX", "CUDA_VISIBLE_DEVICES",
-    "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", worker.TRAINER_TAG,
+    "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", TRAINER_TAG,
 )  # fmt: skip
 """What the bundle sees of this process's environment: how to find Python, compilers and GPUs, and how sums are ordered."""
 
@@ -144,7 +147,7 @@ def _evaluate(
     room: RunDir, data: Path, scratch: Path, hook: Path | None, *, gpus: Sequence[str], timeout_seconds: float
 ) -> Evaluation:
     visible, namespace = ",".join(gpus), offline_namespace()
-    machine = worker.describe_machine(visible)
+    machine = describe_machine(visible)
     environment = room_environment(room, scratch, gpus=visible, is_offline=bool(namespace))
     if hook is not None:
         environment = watch.install(hook, environment)
@@ -154,10 +157,10 @@ def _evaluate(
         [*namespace, *program], room=room, environment=environment, log=log, timeout_seconds=timeout_seconds
     )
     wall_seconds = time.monotonic() - started
-    result, failure = _outcome(room, returncode, worker.log_tail(log), timeout_seconds)
+    result, failure = _outcome(room, returncode, log_tail(log), timeout_seconds)
     return Evaluation(
         result=result, failure=failure, is_offline=bool(namespace), wall_seconds=round(wall_seconds, 2),
-        environment=worker.describe_environment(
+        environment=describe_environment(
             environment, machine, compile_cache.Found(key="", state=compile_cache.COLD)
         ),
     )  # fmt: skip
@@ -175,7 +178,7 @@ def room_environment(room: RunDir, scratch: Path, *, gpus: str, is_offline: bool
 
 def tag_of(room: RunDir) -> str:
     """Marks every process of the room, as an attempt's are marked."""
-    return worker.trainer_tag(room.attempt(0))
+    return trainer_tag(room.attempt(0))
 
 
 def offline_namespace() -> list[str]:
@@ -214,19 +217,19 @@ def run_to_its_end(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            worker.signal_tagged(worker.TRAINER_TAG, tag_of(room), signal.SIGKILL)  # torchrun's ranks have own sessions
+            signal_tagged(TRAINER_TAG, tag_of(room), signal.SIGKILL)  # torchrun's ranks have own sessions
 
 
 def _outcome(
     room: RunDir, returncode: int | None, log: str, timeout_seconds: float
 ) -> tuple[Result | None, Failure | None]:
     """What the bundle wrote, or why it wrote nothing that counts."""
-    lines = "\n".join(log.splitlines()[-worker.SHOWN_LINES :])
+    lines = "\n".join(log.splitlines()[-SHOWN_LINES:])
     if returncode is None:
         message = f"not done after {timeout_seconds:g} s, and ended"
         return None, Failure(kind=protocol.TIMEOUT, message=message, log=lines)
     if returncode != 0:
-        kind, message = worker.classify(returncode, log), worker.explain(returncode, log)
+        kind, message = classify(returncode, log), explain(returncode, log)
         return None, Failure(kind=kind, message=message, log=lines)
     try:
         return protocol.read_result(room.recheck), None

@@ -20,7 +20,8 @@ from orchestrator.ledger import Ledger, StudyState
 from orchestrator.plan import Plan
 from orchestrator.progress import duration_text
 from orchestrator.purse import Purse, run_cost
-from orchestrator.study import Study, parse_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from trainer.config import nearest
 from trainer.protocol import read_lines, storage_error
 

@@ -19,8 +19,10 @@ from orchestrator.errors import CaddieError, ConfigError
 from orchestrator.evidence import read_study
 from orchestrator.home import Home
 from orchestrator.ledger import StudyState, Trial
+from orchestrator.presets import load_preset
 from orchestrator.runs import find_run
-from orchestrator.study import Study, load_preset, load_study
+from orchestrator.study import Study
+from orchestrator.study_file import load_study
 from trainer import protocol
 from trainer.config import Config, from_mapping, knob_value, nearest, parse_value
 

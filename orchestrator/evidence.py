@@ -17,13 +17,19 @@ from orchestrator.ledger import Arm, Ledger, StudyState, Trial
 from orchestrator.places import lines_of
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
-from orchestrator.study import Study, on_seeds, parse_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
+from orchestrator.study_rules import on_seeds
 from trainer import protocol
 from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result
 
 PRESET_ARM, BEST_ARM = "preset", "best"
 UNREADABLE = "unreadable"
 """State of a run whose files are damaged."""
+
+
+TRIAL = "trial "
+"""What the owner of a trial's runs begins with; its number follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,11 @@ class RunEvidence:
 
     lines: Mapping[str, int] = field(default_factory=dict)
     """Line of each value in the source, by its JSON pointer."""
+
+    @property
+    def is_of_trial(self) -> bool:
+        """Whether the search asked for it, and no arm."""
+        return self.owner.startswith(TRIAL)
 
     def bpb(self, stage: str) -> float | None:
         """Bits per byte of one stage of a complete run."""
@@ -326,7 +337,7 @@ class _Reader:
         return ArmEvidence(name=arm.name, trial=arm.trial, params=arm.params, runs=runs)
 
     def trial(self, trial: Trial) -> TrialEvidence:
-        return TrialEvidence(trial=trial, runs=self._runs(f"trial {trial.number}", trial.runs))
+        return TrialEvidence(trial=trial, runs=self._runs(f"{TRIAL}{trial.number}", trial.runs))
 
     def _runs(self, owner: str, runs: dict[int, str]) -> tuple[RunEvidence, ...]:
         return tuple(self.run(owner, seed, run_id) for seed, run_id in runs.items())
@@ -423,7 +434,7 @@ def _owners_by_run(state: StudyState) -> dict[str, list[str]]:
     """Owners, with the seed, of each run."""
     owners: dict[str, list[str]] = {}
     named: Iterable[tuple[str, dict[int, str]]] = (
-        *((f"trial {trial.number}", trial.runs) for trial in state.trials.values()),
+        *((f"{TRIAL}{trial.number}", trial.runs) for trial in state.trials.values()),
         *((arm.name, arm.runs) for arm in state.arms.values()),
     )
     for owner, runs in named:

@@ -32,7 +32,7 @@ SWITCHES = (
     "quant.clip_importance", "quant.low_rank_tensors", "evaluation.slot_steps", "ttt.grad_clip_norm",
     "runtime.cpu_threads",
 )  # fmt: skip
-TABLE, ANY = "FOLDED", "_"
+TABLE, ANY = "FOLDED", ""
 
 ENDINGS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 UNFOLLOWED = {"setattr", "delattr", "vars", "globals", "locals", "eval", "exec"}

@@ -12,7 +12,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger, StudyState, Trial
 from orchestrator.rungs import whole_text
-from orchestrator.study import Study, parse_ladder
+from orchestrator.study import Study
+from orchestrator.study_file import parse_ladder
 
 ENDED = (ledger.FINISHED, ledger.SPENT)
 

@@ -22,8 +22,10 @@ from typing import Any, ClassVar
 from submitit import Job, LocalExecutor
 
 from orchestrator import worker
+from orchestrator.claims import is_elsewhere, is_live, read_claim
 from orchestrator.errors import MachineError
 from orchestrator.ports import Ending, OpenJob
+from orchestrator.processes import TRAINER_TAG, signal_tagged, tagged_processes, trainer_tag
 from orchestrator.pulse import SILENCE_SECONDS, Pulse
 from orchestrator.slots import JobResources
 from orchestrator.study import LOCAL
@@ -128,12 +130,12 @@ class LocalLauncher:
         may run on another host, where only its pulse is heard.
         """
         self.jobs[:] = [job for job in self.jobs if not job.done()]  # asking reaps the ended ones
-        claim = worker.read_claim(attempt)
-        if claim is not None and (worker.is_live(claim) or (worker.is_elsewhere(claim) and self._is_heard(attempt))):
+        claim = read_claim(attempt)
+        if claim is not None and (is_live(claim) or (is_elsewhere(claim) and self._is_heard(attempt))):
             return True
-        if worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(attempt)):  # it outlives a killed worker
+        if tagged_processes(TRAINER_TAG, trainer_tag(attempt)):  # it outlives a killed worker
             return True
-        return tag is not None and bool(worker.tagged_processes(JOB_TAG, tag))
+        return tag is not None and bool(tagged_processes(JOB_TAG, tag))
 
     def _is_heard(self, attempt: AttemptDir) -> bool:
         silent = self.pulse.silent_seconds(attempt)
@@ -153,7 +155,7 @@ class LocalLauncher:
         submitit starts a job and then gives it its task. One whose submitter was killed in between would wait for a
         minute and fail: it is ended, so that the attempt can be submitted again.
         """
-        processes = worker.tagged_processes(JOB_TAG, tag)
+        processes = tagged_processes(JOB_TAG, tag)
         if processes and not attempt.claim.exists() and not any(attempt.scheduler.glob(TASK_FILES)):
             self.cancel(tag)
             return None
@@ -161,4 +163,4 @@ class LocalLauncher:
 
     def cancel(self, tag: str) -> None:
         """End every process of an attempt that does not end by itself, or whose worker died and left its trainer."""
-        worker.signal_tagged(JOB_TAG, tag, signal.SIGKILL)
+        signal_tagged(JOB_TAG, tag, signal.SIGKILL)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from orchestrator.claims import Claim, claim_of, is_live
 from orchestrator.errors import StorageError, StudyBusy
 from orchestrator.home import StudyDir
-from orchestrator.worker import Claim, claim_of, is_live
 from trainer.protocol import storage_error
 
 BEAT_SECONDS = 5.0  # between two touches of the controller's file

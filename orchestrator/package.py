@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import __version__, study
+from orchestrator import __version__, presets
 from orchestrator.acceptance import objections
 from orchestrator.cells import as_markdown, params_text
 from orchestrator.checks import FAILED
@@ -215,7 +215,7 @@ def _seed_obstacles(seed: SeedRun) -> Iterator[str]:
 
 def _not_accepted(preset: str) -> str:
     try:
-        return study.not_accepted(preset)
+        return presets.not_accepted(preset)
     except ConfigError:  # the preset's file is gone; the configuration is in the spec
         return ""
 

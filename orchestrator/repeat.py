@@ -11,7 +11,7 @@ from orchestrator.errors import CaddieError
 from orchestrator.evidence import ArmEvidence, Evidence, RunEvidence
 from orchestrator.home import Home
 from orchestrator.page import Listing
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from trainer import protocol
 from trainer.config import Config, from_mapping, to_mapping
 from trainer.protocol import Spec

@@ -16,9 +16,11 @@ from orchestrator import data_view
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.public_record import PublicRecord
+from orchestrator.record_attempt import study_text
 from orchestrator.script import Script, kept, read_script
 from orchestrator.script_run import INFRASTRUCTURE, SWITCHES, is_same
-from orchestrator.study import Study, parse_study, study_text
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from orchestrator.variables import OWN, PREFIX, is_variable
 
 NOT_CHOSEN = frozenset({*OWN, *data_view.VARIABLES})

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 from orchestrator.errors import MachineError
 
 NVIDIA_SMI_SECONDS = 30.0  # a healthy driver answers in one; a hung one must not hang the study
+REST_SECONDS = (15.0, 60.0, 300.0, 900.0)  # of a slot after a refusal, and after the next ones in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +52,24 @@ class JobResources:
 
 
 class Slots:
-    """Groups of GPUs, or places on the CPU, and who holds them."""
+    """Groups of GPUs, or places on the CPU, and who holds them. One on which a run was refused rests for a while."""
 
     def __init__(self, groups: tuple[tuple[str, ...], ...]) -> None:
         self.groups = groups
         self.held: dict[Hashable, tuple[int, frozenset[str]]] = {}
         """Slot number and GPUs by holder."""
 
+        self._rests_until: dict[int, float] = {}
+        """By slot number, on the monotonic clock."""
+
+        self._refusals: Counter[int] = Counter()
+        """In a row, by slot number."""
+
     @property
     def free(self) -> list[int]:
-        """Numbers of the slots that nobody holds, and none of whose GPUs anybody holds."""
+        """Numbers of the slots that nobody holds, none of whose GPUs anybody holds, and that do not rest."""
         taken = {slot for slot, _ in self.held.values()}
+        taken |= {slot for slot, until in self._rests_until.items() if time.monotonic() < until}
         busy_gpus = {gpu for _, gpus in self.held.values() for gpu in gpus}
         free = [n for n, group in enumerate(self.groups) if n not in taken and not busy_gpus.intersection(group)]
         return free[: max(0, len(self.groups) - len(self.held))]
@@ -79,6 +89,17 @@ class Slots:
     def release(self, holder: Hashable) -> None:
         """Free what the holder held; nothing where it held nothing."""
         self.held.pop(holder, None)
+
+    def rest(self, slot: int) -> float:
+        """Give a slot to nobody for a while, since somebody else is at its GPUs, say; for how many seconds."""
+        seconds = REST_SECONDS[min(self._refusals[slot], len(REST_SECONDS) - 1)]
+        self._refusals[slot] += 1
+        self._rests_until[slot] = time.monotonic() + seconds
+        return seconds
+
+    def has_served(self, slot: int) -> None:
+        """Note that a run began on a slot: its next rest is a short one again."""
+        self._refusals.pop(slot, None)
 
 
 def machine_slots(*, slots: int, gpus_per_run: int) -> Slots:

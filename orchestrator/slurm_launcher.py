@@ -25,6 +25,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from orchestrator import slurm, worker
 from orchestrator.allocation import expand_nodes
+from orchestrator.claims import read_claim
 from orchestrator.errors import ConfigError, MachineError, ProtocolError
 from orchestrator.job_names import JobNames
 from orchestrator.launcher import STORAGE_ERRORS, JobRecord, exports
@@ -222,7 +223,7 @@ class SlurmLauncher:
     def _tidy(self, job: OpenJob) -> None:
         """End a waiting job whose attempt is asked to stop, one that Slurm could not start, and a second copy."""
         live = self.table.live(job.tag)
-        claim = worker.read_claim(job.files) if len(live) > 1 else None
+        claim = read_claim(job.files) if len(live) > 1 else None
         owner = claim.job if claim is not None else (job.job_id or (live[0].job_id if live else ""))
         for found in live:
             is_hopeless = found.meaning.standing == QUEUED and (
@@ -297,7 +298,7 @@ class SlurmLauncher:
             )
         silent = self.pulse.silent_seconds(attempt)
         if silent is not None and silent > SILENCE_SECONDS:
-            claim = worker.read_claim(attempt)
+            claim = read_claim(attempt)
             place = claim.node if claim is not None else "its node"
             return Ending(
                 kind=NODE, message=f"nothing was heard from {place} for {silent:.0f} s, while Slurm says that it runs"
@@ -315,7 +316,7 @@ class SlurmLauncher:
             given = expand_nodes(job.nodes) if job is not None else ()
         except ValueError:
             given = ()
-        claim = worker.read_claim(attempt)
+        claim = read_claim(attempt)
         given = given or ((claim.node,) if claim is not None and claim.node else ())
         told = tuple(name for number, name in enumerate(given) if number and attempt.node_failure(number).exists())
         if told or len(given) < 2 or job is None or job.meaning.kind != NODE:

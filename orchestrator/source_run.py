@@ -13,8 +13,10 @@ from typing import Any
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.ledger import BEST_ARM, Ledger
+from orchestrator.presets import load_preset
 from orchestrator.runs import RESUMABLE, RunStore, find_run, part_of
-from orchestrator.study import PACKING, TAKEN, TAKEN_WORDS, Study, load_preset, on_seeds
+from orchestrator.study import PACKING, TAKEN, TAKEN_WORDS, Study
+from orchestrator.study_rules import on_seeds
 from trainer.config import Config, from_mapping, knob_value, knobs, nearest
 from trainer.protocol import ARTIFACT, WEIGHTS, RunDir, Spec, read_spec, sha256_of
 

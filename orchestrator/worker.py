@@ -10,42 +10,35 @@ On several nodes each has a worker with its own part of the trainer. The first o
 from __future__ import annotations
 
 import dataclasses
-import errno
-import importlib.metadata
-import json
 import os
 import platform
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from orchestrator import compile_cache, gauges, node_check
 from orchestrator.allocation import Allocation
+from orchestrator.claims import Claim, beating, claim_for, make_claim, read_claim
+from orchestrator.failures import classify, explain, failure_of, kind_of_error, log_tail
 from orchestrator.home import home_of
+from orchestrator.machine import THREADS, describe_environment, describe_machine
 from orchestrator.node_check import Node, NodeRefused, Pace
-from orchestrator.pulse import BEAT_SECONDS
+from orchestrator.notice import Notice
+from orchestrator.processes import TRAINER_TAG, parent_of, signal_tagged, tagged_processes, trainer_tag
 from orchestrator.script_run import ScriptRun
 from trainer import protocol
-from trainer.errors import CaddieError, ConfigError, DataError, ProtocolError, StorageError
+from trainer.errors import CaddieError, ProtocolError
 from trainer.protocol import AttemptDir, Failure, Result, RunDir, Spec
-
-TRAINER_TAG = "CADDIE_TRAINER_TAG"
-"""Environment variable that marks every process of one attempt's trainer, whatever group or session it moves to."""
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0  # for the step in progress to end after SIGTERM, and for a process to leave after its result
 GIVEN_UP_SECONDS = 2.0  # the same for a trial that is stopped early: its slot is wanted
-TAIL_BYTES = 65_536  # of the log, searched for the cause of a failure
-DESCRIBE_SECONDS = 120.0  # for an interpreter to say what it has; from a network file system the first start is slow
-SHOWN_LINES = 20  # of the log, put into the result
 OWNER_SECONDS = 2.0  # between two looks for a later attempt of the run
 JOIN_SECONDS = 300.0  # for the other nodes of a job to find the first one's claim
 SUPERSEDED = "superseded"  # why a trainer had to end: a later attempt owns the run
@@ -53,273 +46,6 @@ SUPERSEDED = "superseded"  # why a trainer had to end: a later attempt owns the 
 TORCHRUN = ("-m", "torch.distributed.run")
 SHIELDING_TORCH = (2, 10)  # from which torchrun can be told to leave signals to its ranks
 SHIELD = "exec_ignoring"  # what the shell that ignores signals calls itself in messages
-
-PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "constriction", "triton")
-THREADS = "OMP_NUM_THREADS"
-# Named one by one: an environment holds secrets, and env.json is published with a record.
-ENVIRONMENT = (
-    "CUDA_VISIBLE_DEVICES", THREADS, "PYTHONHASHSEED", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE",
-    *compile_cache.VARIABLES, "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
-    "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT",
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """Which process works on an attempt; a pid alone would be mistaken for a later process of the same number."""
-
-    host: str
-    boot: str
-    pid: int
-    started: int
-    """Clock ticks from the host's boot to the process's start."""
-
-    node: str = ""
-    """The host's name in the cluster; empty outside one."""
-
-    job: str = ""
-    restarts: int = 0
-    """How often the scheduler had started the job over: a second life of the same job is not the claim's holder."""
-
-    began: float = 0.0
-    """Unix seconds."""
-
-    rendezvous: str = ""
-    """`host:port` where the processes of several nodes meet; empty on one."""
-
-
-def started_ticks(pid: int) -> int | None:
-    """When a live process started, in clock ticks after boot; None for a dead one, a zombie included."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else int(fields[18])
-
-
-def parent_of(pid: int) -> int | None:
-    """The parent of a process; None for a dead one."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def boot_id() -> str:
-    """Identity of the running system since its last boot."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def claim_of(pid: int) -> Claim:
-    """The claim that a live process of this host would make."""
-    return Claim(host=platform.node(), boot=boot_id(), pid=pid, started=started_ticks(pid) or 0)
-
-
-def claim_for(allocation: Allocation) -> Claim:
-    """The claim of this process, in its place in a job."""
-    return dataclasses.replace(
-        claim_of(os.getpid()), node=allocation.name, job=allocation.job, restarts=allocation.restarts, began=time.time(),
-        rendezvous=allocation.rendezvous() if allocation.nodes > 1 else "",
-    )  # fmt: skip
-
-
-def began_by_now(claim: Claim) -> float:
-    """Unix seconds at which the claim's process began, by the clock as it is now; what the claim says, on another host."""
-    if claim.boot and claim.boot == boot_id() and claim.started:
-        uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
-        return time.time() - uptime + claim.started / os.sysconf("SC_CLK_TCK")
-    return claim.began
-
-
-def is_live(claim: Claim) -> bool:
-    """Whether the very process that made the claim still runs, on this host."""
-    return (claim.host, claim.boot) == (platform.node(), boot_id()) and started_ticks(claim.pid) == claim.started
-
-
-def is_elsewhere(claim: Claim) -> bool:
-    """Whether the process that made the claim can only be on another host, where this one cannot look."""
-    return claim.host != platform.node()
-
-
-def read_claim(attempt: AttemptDir) -> Claim | None:
-    """The attempt's claim; None where there is none, or not yet a whole one."""
-    try:
-        return Claim(**protocol.read_json(attempt.claim))
-    except (FileNotFoundError, ProtocolError, TypeError):
-        return None
-
-
-def tagged_processes(variable: str, value: str) -> list[int]:
-    """Live processes of this user that were started with `variable=value` in their environment, this one left out."""
-    entry = f"{variable}={value}".encode()
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
-            try:
-                environment = (folder / "environ").read_bytes()
-            except OSError:  # it ended meanwhile, or belongs to somebody else
-                continue
-            if entry in environment.split(b"\0"):
-                found.append(int(folder.name))
-    return sorted(found)
-
-
-def signal_tagged(variable: str, value: str, number: signal.Signals) -> None:
-    """Send a signal to every process with the tag."""
-    for pid in tagged_processes(variable, value):
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:  # it ended meanwhile
-            continue
-
-
-# ---------------------------------------------------------------------------------------------------- failures
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|MemoryError|DefaultCPUAllocator", re.IGNORECASE)
-_DISK = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC")
-_NCCL = re.compile(
-    r"NCCL error|ncclInternalError|ncclSystemError|ncclRemoteError|ncclUnhandledCudaError|Watchdog caught collective"
-)
-_HARDWARE = re.compile(
-    r"uncorrectable (?:ECC|NVLink) error|CUDA error: (?:initialization error|hardware|device not ready|unknown error|"
-    r"no CUDA-capable device|all CUDA-capable devices are busy)|GPU has fallen off the bus|NVML: .*Unknown Error"
-)
-_RANK_EXIT = re.compile(r"exitcode\s*:\s*(-?\d+)")  # torchrun itself ends with 1, whatever its ranks ended with
-_EXCEPTION = re.compile(r"^(?:\[\w+\]:\s*)?((?!.*ChildFailedError)[\w.]*(?:Error|Exception|Exit)\b.*|error: .*)$")
-_EXIT_KINDS = {
-    ConfigError.exit_code: protocol.CONFIG,
-    DataError.exit_code: protocol.DATA,
-    StorageError.exit_code: protocol.DISK,
-}
-
-
-def classify(returncode: int, stderr_tail: str, *, timed_out: bool = False) -> str:
-    """The kind of failure of a trainer that left no result, from its exit status and the end of its stderr.
-
-    What names its cause comes first: when one rank runs out of memory, the others fail in NCCL.
-    """
-    ranks = [int(code) for code in _RANK_EXIT.findall(stderr_tail)]
-    codes = ranks or [returncode]
-    if timed_out:
-        return protocol.TIMEOUT
-    if _OUT_OF_MEMORY.search(stderr_tail):
-        return protocol.OUT_OF_MEMORY
-    if _DISK.search(stderr_tail):
-        return protocol.DISK
-    if _HARDWARE.search(stderr_tail):
-        return protocol.NODE
-    for code in codes:
-        if code in _EXIT_KINDS:
-            return _EXIT_KINDS[code]
-    if _NCCL.search(stderr_tail) or any(code < 0 for code in codes):
-        return protocol.INFRASTRUCTURE
-    return protocol.CODE
-
-
-def kind_of_error(error: CaddieError | OSError) -> str:
-    """The kind of failure of a trainer that could not be started."""
-    if isinstance(error, OSError):
-        return protocol.DISK if error.errno in (errno.ENOSPC, errno.EDQUOT) else protocol.INFRASTRUCTURE
-    if isinstance(error, NodeRefused):
-        return protocol.NODE
-    return _EXIT_KINDS.get(error.exit_code, protocol.CODE)
-
-
-def explain(returncode: int, stderr_tail: str) -> str:
-    """One line for people: the exception that was raised last, else how the process ended."""
-    for line in reversed(stderr_tail.splitlines()):
-        named = _EXCEPTION.match(line.strip())
-        if named:
-            return named[1].removeprefix("error: ")
-    if returncode < 0:
-        return f"the trainer was ended by {signal.Signals(-returncode).name}"
-    return f"the trainer ended with exit code {returncode} and left no result"
-
-
-def log_tail(path: Path, size: int = TAIL_BYTES) -> str:
-    """The end of a log; empty where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def failure_of(kind: str, message: str, log: Path) -> Failure:
-    """A failure with the place and the end of its log."""
-    lines = log_tail(log).splitlines()[-SHOWN_LINES:]
-    return Failure(kind=kind, message=message, log="\n".join([str(log), *lines]))
-
-
-def failure_of_lost(attempt: AttemptDir) -> Failure:
-    """The failure of an attempt that nobody is left to speak for; one that never began speaks in the scheduler's log."""
-    logs = [attempt.stderr, *sorted(attempt.scheduler.glob("*.err"))]
-    log = next((log for log in logs if log_tail(log).strip()), attempt.stderr)
-    # On a full disk the log says nothing either.
-    is_claim_empty = attempt.claim.exists() and not attempt.claim.stat().st_size
-    if is_claim_empty or _DISK.search(log_tail(log)):
-        return failure_of(protocol.DISK, "the job ended and left no result: no space was left for one", log)
-    message = "the job ended and left no result: its worker was killed, or could not start"
-    return failure_of(protocol.INFRASTRUCTURE, message, log)
-
-
-# ---------------------------------------------------------------------------------------------------- notice
-
-
-class Notice:
-    """What tells a job that its nodes are wanted back: SIGUSR2 or SIGTERM, on whichever comes first."""
-
-    def __init__(self, attempt: AttemptDir) -> None:
-        self.attempt = attempt
-        self.by: signal.Signals | None = None
-        self._was_early = False
-        self._is_passed_on = False
-
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Note the signals within the block; outside the main thread Python delivers none."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGUSR2)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self.by is None:
-            self.by, self._was_early = signal.Signals(number), not self.attempt.events.exists()
-            with suppress(OSError):  # on a full disk the signal alone has to do
-                self.attempt.notice.touch()
-
-    def is_due(self) -> bool:
-        """Whether to pass a SIGTERM on to the trainer, once, as soon as it can understand one.
-
-        The scheduler's own SIGTERM reaches every process of a job. The trainer has heard it, if it had begun.
-        """
-        due = self.by is signal.SIGUSR2 or (self.by is not None and self._was_early)
-        if not due or self._is_passed_on or not self.attempt.events.exists():
-            return False
-        self._is_passed_on = True
-        return True
-
-    def failure(self, log: Path) -> Failure:
-        """Why the attempt came to nothing."""
-        name = self.by.name if self.by is not None else ""
-        message = f"the job was told to leave ({name}): pre-empted, cancelled, or at its time limit"
-        return failure_of(protocol.PREEMPTED, message, log)
-
-
-# ---------------------------------------------------------------------------------------------------- the attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,38 +129,6 @@ def _end_earlier(run: RunDir, files: AttemptDir) -> None:
     for earlier in run.attempts():
         if earlier.number < files.number:
             signal_tagged(TRAINER_TAG, trainer_tag(earlier), signal.SIGKILL)
-
-
-def make_claim(attempt: AttemptDir, claim: Claim | None = None) -> bool:
-    """Claim an attempt for this process; False where somebody has done so before. Raises StorageError."""
-    try:
-        attempt.root.mkdir(parents=True, exist_ok=True)
-        with attempt.claim.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(claim or claim_for(Allocation()))) + "\n")
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise protocol.storage_error(error, attempt.claim) from error
-    return True
-
-
-@contextmanager
-def beating(attempt: AttemptDir) -> Iterator[None]:
-    """Touch the claim within the block for as long as this process lives, for those who cannot look for processes here."""
-    closing = threading.Event()
-
-    def beat() -> None:
-        while not closing.wait(BEAT_SECONDS):
-            with suppress(OSError):  # heard again with the next beat, if the directory comes back
-                os.utime(attempt.claim)
-
-    thread = threading.Thread(target=beat, name="pulse", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        closing.set()
-        thread.join(BEAT_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -639,11 +333,6 @@ def shielded(command: Sequence[str], *, is_alone: bool) -> list[str]:
     return ["/bin/sh", "-c", f"trap '' {ignored}; exec \"$@\"", SHIELD, *command]
 
 
-def trainer_tag(attempt: AttemptDir) -> str:
-    """Value of TRAINER_TAG in every process of an attempt's trainer, the same for all who look."""
-    return str(attempt.root.resolve())
-
-
 def trainer_environment(gpus: str, tag: str) -> dict[str, str]:
     """The trainer's environment: this job's, without our own checkout, which the bundle must not see."""
     environment = dict(os.environ)
@@ -739,89 +428,3 @@ def _result(
         run_id=run.run_id, attempt=attempt.number, status=status, seed=spec.seed, failure=failure,
         bundle_sha256=spec.bundle_sha256, bundle_bytes=run.bundle.stat().st_size,
     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a run runs on."""
-
-    host: str
-    platform: str
-    python: str
-    processors: int | None
-    packages: dict[str, str]
-    gpus: Sequence[str]
-
-    @property
-    def device(self) -> str:
-        """The first GPU's name, or cpu."""
-        return self.gpus[0].partition(",")[0] if self.gpus else "cpu"
-
-
-def describe_machine(gpus: str, python: str = "") -> Machine:
-    """This machine, with the GPUs that are visible to the run and what its interpreter has; empty for this one."""
-    version, packages = _described(python) if python else (platform.python_version(), installed_packages())
-    return Machine(
-        host=platform.node(), platform=platform.platform(), python=version, processors=os.cpu_count(),
-        packages=packages, gpus=_gpu_names(gpus),
-    )  # fmt: skip
-
-
-_DESCRIBE = """
-import json, platform, sys
-from importlib.metadata import PackageNotFoundError, version
-found = {}
-for name in sys.argv[1:]:
-    try:
-        found[name] = version(name)
-    except PackageNotFoundError:
-        pass
-print(json.dumps([platform.python_version(), found]))
-"""
-
-
-def _described(python: str) -> tuple[str, dict[str, str]]:
-    """Version and packages of another interpreter; raises ConfigError where it cannot be started."""
-    command = [python, "-c", _DESCRIBE, *PACKAGES]
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=DESCRIBE_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(
-            f"[resources] python: {error}", hint="name an interpreter that every node has, with torch installed"
-        ) from error
-    version, packages = json.loads(asked.stdout.splitlines()[-1])
-    return version, packages
-
-
-def installed_packages() -> dict[str, str]:
-    """Versions of what a run needs, by name."""
-    return {name: version for name in PACKAGES if (version := _installed(name))}
-
-
-def describe_environment(
-    environment: dict[str, str], machine: Machine, compiled: compile_cache.Found
-) -> dict[str, object]:
-    """What the run ran on, for `env.json`; nothing that could be a secret."""
-    return {
-        **dataclasses.asdict(machine),
-        "environment": {name: environment[name] for name in ENVIRONMENT if name in environment},
-        "compile_cache": dataclasses.asdict(compiled),
-    }
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _gpu_names(visible: str) -> Sequence[str]:
-    """Name, driver and memory of the visible GPUs, as the driver gives them."""
-    if not visible:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader", f"--id={visible}"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
-        return []

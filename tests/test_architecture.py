@@ -37,7 +37,7 @@ OWNERS = {
     "triton": {"trainer.kernels"},  # there on machines with a GPU only
 }
 TRAINER_LIBRARIES = {"torch", "numpy", "sentencepiece", "brotli", "constriction"}
-HELP_SECONDS = 0.4
+HELP_SECONDS = 0.3
 
 
 def module_name(path: Path) -> str:

@@ -140,8 +140,9 @@ class ModelConfig(Section):
     skips: str = _one_of("gated", "gated", "plain", "off")
     """U-Net skips from the first half of the (virtual) layers to the second."""
 
-    lane_skips: bool = True
-    """Fuse skips into the attention's lane after the split; the script of #1326 computes those and throws them away."""
+    lane_skips: bool = False
+    """Fuse skips that land behind the split into the attention's lane. #1326's script computes them and throws them away;
+    using them cost 5 mBPB (benchmarks/trainer.md)."""
 
     skip_count: int = _between(0, 0)
     """Skips that have weights, the first ones of the second half; 0: half of the physical layers. #1394: 7."""
@@ -696,7 +697,7 @@ def knobs() -> dict[str, Any]:
 
 FOLDED = ""
 """The choices that this code was packed for, without the code of others: one word a knob, in the order of their names,
-`_` where any will do. Filled in when a bundle is packed; the source takes every configuration.
+nothing where any will do. Filled in when a bundle is packed; the source takes every configuration.
 """
 
 
@@ -710,11 +711,11 @@ def from_mapping(values: Mapping[str, Mapping[str, Any]]) -> Config:
     """The configuration with the given values, and the defaults of those that are not; refuses what does not exist."""
     _require_known(values)
     found = [(f"{s}.{key}", value) for s, entries in sorted(values.items()) for key, value in sorted(entries.items())]
-    for (knob, value), choice in zip(found, FOLDED.split(), strict=bool(FOLDED)):
-        if choice not in ("_", choice_of(value)):
+    for (knob, value), choice in zip(found, FOLDED.split(" "), strict=bool(FOLDED)):
+        if choice not in ("", choice_of(value)):
             raise ConfigError(
                 f"{knob} is {value!r}; this code was packed for the choice {choice} alone",
-                hint="run it from the bundle that was packed for it, or from the source",
+                hint="take the bundle that was packed for it, or the source",
             )
     sections: dict[str, Any] = {name: SECTIONS[name](**entries) for name, entries in values.items()}
     return Config(**sections)

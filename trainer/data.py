@@ -37,10 +37,7 @@ def read_shard(path: Path, shard: Shard) -> np.ndarray:
         raise DataError(f"{path}: the shard is missing", hint=remedy)
     size, expected = path.stat().st_size, HEADER_BYTES + 2 * shard.tokens
     if size != expected or size != shard.bytes:
-        state = "truncated" if size < expected else "of the wrong size"
-        raise DataError(
-            f"{path}: the shard is {state}: {size} bytes, {shard.tokens} tokens need {expected}", hint=remedy
-        )
+        raise DataError(f"{path}: {size} bytes, the shard's {shard.tokens} tokens need {expected}", hint=remedy)
     header = [int(value) for value in np.fromfile(path, dtype="<i4", count=3)]
     if header != [MAGIC, VERSION, shard.tokens]:
         raise DataError(f"{path}: header {header}, must be {[MAGIC, VERSION, shard.tokens]}", hint=remedy)

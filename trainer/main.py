@@ -94,11 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recheck", type=Path, metavar="DATA")
     options = parser.parse_args(arguments)
     directory = RunDir(options.run_dir.resolve())
-    if options.recheck:
-        return recheck(directory, options.recheck)
     stop = StopSignal()
-    signal.signal(signal.SIGTERM, stop.hear)
     try:
+        if options.recheck:
+            recheck(directory, options.recheck)
+            return 0
+        signal.signal(signal.SIGTERM, stop.hear)
         spec = protocol.read_spec(directory.spec)
         config = from_mapping(spec.config)
         world = start_world(config.runtime)
@@ -110,29 +111,24 @@ def main(arguments: list[str] | None = None) -> int:
     return attempt_run(Run(directory, spec, config, world, log, stop, attempt))
 
 
-def recheck(directory: RunDir, data_dir: Path) -> int:
-    """Score a model file that stands alone, on a data set's validation split, into `recheck.json`; the exit code.
+def recheck(directory: RunDir, data_dir: Path) -> None:
+    """Score a model file that stands alone, on a data set's validation split, into `recheck.json`.
 
     Nothing else of the run is read, and nothing of the training data.
     """
-    try:
-        file = artifact.load(directory.artifact.read_bytes(), str(directory.artifact))
-        config = from_mapping(file.meta["config"])
-        unknown = dict.fromkeys(("run_id", "preset", "data_dir", "manifest_sha256", "bundle_sha256"), "")
-        spec = Spec(**{**unknown, "seed": 0, "replicate": 0, "config": file.meta["config"], "code": {}})
-        attempt = directory.attempt(0)
-        run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal(), attempt)
-        run.found["artifact_sha256"] = protocol.sha256_of(directory.artifact)
-        with fastest_kernels():
-            dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(protocol.VALIDATION,))
-            score_stored(run, stream_of(run, dataset))
-        if run.world.is_first:
-            protocol.write_result(directory.recheck, result_of(run, protocol.COMPLETE, None))
-        run.world.close()
-    except (CaddieError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
-    return 0
+    file = artifact.load(directory.artifact.read_bytes(), str(directory.artifact))
+    config = from_mapping(file.meta["config"])
+    unknown = dict.fromkeys(("run_id", "preset", "data_dir", "manifest_sha256", "bundle_sha256"), "")
+    spec = Spec(**{**unknown, "seed": 0, "replicate": 0, "config": file.meta["config"], "code": {}})
+    attempt = directory.attempt(0)
+    run = Run(directory, spec, config, start_world(config.runtime), EventLog(None), StopSignal(), attempt)
+    run.found["artifact_sha256"] = protocol.sha256_of(directory.artifact)
+    with fastest_kernels():
+        dataset = Dataset.open(data_dir, config.model.vocab_size, splits=(protocol.VALIDATION,))
+        score_stored(run, stream_of(run, dataset))
+    if run.world.is_first:
+        protocol.write_result(directory.recheck, result_of(run, protocol.COMPLETE, None))
+    run.world.close()
 
 
 def attempt_run(run: Run) -> int:

@@ -39,15 +39,19 @@ T = TypeVar("T")
 PROTOCOL = 1
 
 # Stages of evaluation, in the order in which a run reaches them.
-POST_EMA, ROUNDTRIP, SLIDING, TTT = STAGES = ("post_ema", "roundtrip", "sliding", "ttt")
+POST_EMA, ROUNDTRIP, SLIDING, TTT = "post_ema", "roundtrip", "sliding", "ttt"
+STAGES = (POST_EMA, ROUNDTRIP, SLIDING, TTT)
 
 # Kinds of event.
-START, PHASE, METRIC, CHECKPOINT, WARNING = "start", "phase", "metric", "checkpoint", "warning"
-KEPT, RESTORED = "kept", "restored"  # states of a checkpoint: it ends an attempt's training, or begins it
+START, PHASE, METRIC, WARNING = "start", "phase", "metric", "warning"
+CHECKPOINT = "checkpoint"
+KEPT = "kept"  # state of a checkpoint: it ends an attempt's training
+RESTORED = "restored"  # it begins it
 SCORED, LEARNED = "scored", "learned"  # of a chunk of positions: its score is fixed; later chunks may depend on it
 
 # What a run takes from another instead of training.
-ARTIFACT, WEIGHTS = "artifact", "weights"
+ARTIFACT = "artifact"
+WEIGHTS = "weights"
 
 # Names of values in a metric event that the control plane reads.
 TRAIN_LOSS = "train_loss"
@@ -62,7 +66,10 @@ COMPLETE, FAILED, STOPPED = "complete", "failed", "stopped"
 
 # Kinds of failure. The first three are the machine's: the run is attempted again. The others belong to the configuration.
 # A node that failed, or was refused, gets no more runs after a while; who was pre-empted has only lost his place.
-INFRASTRUCTURE, NODE, PREEMPTED, TIMEOUT = "infrastructure", "node", "preempted", "timeout"
+INFRASTRUCTURE = "infrastructure"
+NODE = "node"
+PREEMPTED = "preempted"
+TIMEOUT = "timeout"
 CONFIG, DATA, OUT_OF_MEMORY, NOT_FINITE, OVER_CAP, PARITY, DISK, CODE = (
     "config", "data", "out_of_memory", "not_finite", "over_cap", "parity", "disk", "code",
 )  # fmt: skip
@@ -208,7 +215,8 @@ class RunDir:
 
 
 # Splits of a data set.
-TRAIN, VALIDATION = SPLITS = ("train", "val")
+TRAIN, VALIDATION = "train", "val"
+SPLITS = (TRAIN, VALIDATION)
 
 DATA_FORMAT = 1
 
@@ -393,14 +401,9 @@ def sha256_of(path: Path) -> str:
 
 def storage_error(error: OSError, path: Path) -> StorageError:
     """The same failure in words that name the remedy."""
-    hints = {
-        errno.ENOSPC: "free some space, or set CADDIE_HOME to a larger disk; nothing was lost: run the command again",
-        errno.EDQUOT: "the quota is used up: free some space, or set CADDIE_HOME to another disk",
-        errno.EROFS: "the file system is read-only: set CADDIE_HOME to a directory that can be written",
-        errno.EACCES: "no permission to write there: set CADDIE_HOME to a directory of your own",
-    }
-    reason = error.strerror or str(error)
-    return StorageError(f"{path}: cannot be written: {reason}", hint=hints.get(error.errno or 0))
+    hint = "free some space, or set CADDIE_HOME to a directory of your own; nothing was lost: run the command again"
+    is_known = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+    return StorageError(f"{path}: cannot be written: {error.strerror or error}", hint=hint if is_known else None)
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
@@ -522,12 +525,17 @@ def require_types(record: Any, path: Path) -> None:
 def read_spec(path: Path) -> Spec:
     """Read `spec.json`; raises ProtocolError for another protocol or a damaged file."""
     record = read_json(path)
+    _require_protocol(record, path)
+    return _from_record(Spec, record, path)
+
+
+def _require_protocol(record: Mapping[str, Any], path: Path) -> None:
+    """Raise ProtocolError where a spec is not of this protocol."""
     if record.get("protocol") != PROTOCOL:
         raise ProtocolError(
             f"{path}: protocol {record.get('protocol')!r}, this code speaks {PROTOCOL}",
             hint="use the version of caddie that wrote the run, or ask for the run again",
         )
-    return _from_record(Spec, record, path)
 
 
 def read_result(path: Path) -> Result:

@@ -31,12 +31,13 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "orchestrator")]
 
-from orchestrator import worker  # noqa: E402
+from orchestrator.claims import Claim, is_live, read_claim  # noqa: E402
 from orchestrator.errors import CaddieError  # noqa: E402
 from orchestrator.home import Home  # noqa: E402
 from orchestrator.job_names import JobNames  # noqa: E402
 from orchestrator.launcher import LocalLauncher  # noqa: E402
 from orchestrator.ledger import Attempt, Ledger, StudyState  # noqa: E402
+from orchestrator.processes import TRAINER_TAG, signal_tagged, trainer_tag  # noqa: E402
 from orchestrator.slots import Slots  # noqa: E402
 from orchestrator.slurm_launcher import SlurmLauncher  # noqa: E402
 from orchestrator.study import Study  # noqa: E402
@@ -187,17 +188,17 @@ class Harness:
         if fault is not None:
             self.faults.append(fault)
 
-    def _live(self) -> list[tuple[AttemptDir, worker.Claim]]:
+    def _live(self) -> list[tuple[AttemptDir, Claim]]:
         """Attempts at work, as their claims say."""
         found = []
         for claim_file in self.home.runs.glob(f"*/attempts/*/{AttemptDir(Path()).claim.name}"):
             files = AttemptDir(claim_file.parent)
-            claim = worker.read_claim(files)
-            if claim is not None and not files.result.exists() and worker.is_live(claim):
+            claim = read_claim(files)
+            if claim is not None and not files.result.exists() and is_live(claim):
                 found.append((files, claim))
         return found
 
-    def _one(self) -> tuple[AttemptDir, worker.Claim] | None:
+    def _one(self) -> tuple[AttemptDir, Claim] | None:
         live = self._live()
         return self.dice.choice(live) if live else None
 
@@ -220,7 +221,7 @@ class Harness:
         one = self._one()
         if one is None:
             return None
-        worker.signal_tagged(worker.TRAINER_TAG, worker.trainer_tag(one[0]), signal.SIGKILL)
+        signal_tagged(TRAINER_TAG, trainer_tag(one[0]), signal.SIGKILL)
         return self._fault("trainer killed", one[0])
 
     def _crash_node(self) -> Fault:
@@ -329,7 +330,7 @@ Files = dict[tuple[str, int], AttemptDir]
 
 
 def began(files: AttemptDir) -> float | None:
-    claim = worker.read_claim(files)
+    claim = read_claim(files)
     return claim.began if claim is not None else None
 
 

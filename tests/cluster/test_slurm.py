@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import ledger, worker
+from orchestrator import ledger
+from orchestrator.claims import read_claim
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from tests.cluster.emulated import PREEMPTIBLE, Cluster, until
@@ -219,7 +220,7 @@ def test_a_study_runs_while_accounting_is_down(cluster: Cluster, home: Home) -> 
     slow_trainers(home, attempts=[1], seconds=120)
     running = Running(slurm_study(trials=2), home)
     files = running.begun()
-    claim = worker.read_claim(files)
+    claim = read_claim(files)
     assert claim is not None
     os.kill(claim.pid, signal.SIGKILL)
     running.begun(2)
@@ -233,7 +234,7 @@ def test_a_study_runs_while_accounting_is_down(cluster: Cluster, home: Home) -> 
 def test_a_worker_that_is_killed_is_missed_within_half_a_minute(cluster: Cluster, home: Home) -> None:
     slow_trainers(home, attempts=[1])
     running = Running(slurm_study(), home)
-    claim = worker.read_claim(running.begun())
+    claim = read_claim(running.begun())
     assert claim is not None
     os.kill(claim.pid, signal.SIGKILL)
     killed = time.monotonic()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.datasets import PYDOC_VOCAB_SIZE
-from orchestrator.study import SLURM, load_study
+from orchestrator.study import SLURM
+from orchestrator.study_file import load_study
 from tests.deployment import compose, dockerfile
 from tests.deployment.compose import COMPOSE, DOCKER, EXAMPLE, GPU, UnsetVariable
 from tests.deployment.dockerfile import Dockerfile

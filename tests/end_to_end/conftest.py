@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import worker
 from orchestrator.errors import ProtocolError
 from orchestrator.home import Home
 from orchestrator.launcher import JOB_TAG
 from orchestrator.ledger import Ledger
+from orchestrator.processes import signal_tagged
 from tests.end_to_end.micro import DATA, NAME
 from tests.trainer.make_data import make_data
 
@@ -45,4 +45,4 @@ def end_jobs(home: Home) -> None:
     except ProtocolError:  # a test has damaged it, and nothing was started
         return
     for attempt in attempts:
-        worker.signal_tagged(JOB_TAG, attempt.tag, signal.SIGKILL)
+        signal_tagged(JOB_TAG, attempt.tag, signal.SIGKILL)

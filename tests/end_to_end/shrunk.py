@@ -14,19 +14,23 @@ from torch import Tensor
 
 from orchestrator import bundle, worker
 from orchestrator.home import Home
+from orchestrator.presets import load_preset
 from orchestrator.runs import RunRequest, RunStore
-from orchestrator.study import load_preset
 from tests.trainer.make_data import VOCAB_SIZE
 from tests.trainer.tiny import ALONE
 from trainer import artifact
 from trainer.artifact import ModelFile
+from trainer.calibration import Calibration, calibrate
 from trainer.config import Config, from_mapping, knob_value, with_knobs
 from trainer.data import Dataset
-from trainer.evaluate import Stream, evaluate, plan_windows
+from trainer.evaluate import Adapter, Scorer, Stream, evaluate, plan_windows
 from trainer.gptq import Quantized
 from trainer.model import Model
 from trainer.protocol import WEIGHTS, AttemptDir, DataDir, Result, RunDir, read_lines, read_result, read_spec, sha256_of
+from trainer.quantize import fisher_steps
 from trainer.slot import Slot
+from trainer.train import order_seed
+from trainer.ttt import ChunkAdapter
 
 TIMEOUT_SECONDS = 500.0
 ROWS = 32  # sequences in which single tokens are compared
@@ -108,12 +112,34 @@ class Finished:
         """Extra passes at the end of training."""
         return int(self.file.meta["recurrent"])
 
+    @property
+    def grid_factor(self) -> float:
+        """How many times coarser the matrices' grid became, to the digits that are logged."""
+        return next((float(event["grid_factor"]) for event in self.named("fitted")), 1.0)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        spec = read_spec(self.run.spec)
+        return Dataset.open(Path(spec.data_dir), self.config.model.vocab_size, spec.manifest_sha256)
+
     @cached_property
     def stream(self) -> Stream:
-        spec = read_spec(self.run.spec)
-        dataset = Dataset.open(Path(spec.data_dir), self.config.model.vocab_size, spec.manifest_sha256)
-        tokens = dataset.validation_tokens()
-        return Stream(tokens, dataset.byte_counts().bytes_of_targets(tokens[:-1], tokens[1:]))
+        tokens = self.dataset.validation_tokens()
+        return Stream(tokens, self.dataset.byte_counts().bytes_of_targets(tokens[:-1], tokens[1:]))
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """What quantisation knew of the weights, by the readable source."""
+        config = self.config
+        return calibrate(
+            self.model(self.weights), self.dataset, config=config, order_seed=order_seed(config, self.result.seed),
+            recurrent=self.recurrent, world=ALONE,
+        )  # fmt: skip
+
+    @cached_property
+    def fisher_steps(self) -> dict[str, Tensor]:
+        """Steps of the rows at which each weight adds the same loss, before the file was fitted."""
+        return fisher_steps(self.model(self.weights), self.calibration, self.config.quant)
 
     def model(self, state: dict[str, Tensor], **changes: Any) -> Model:
         """A model of these weights, by the readable source; with knobs of its section changed, weights that it lacks are left."""
@@ -125,11 +151,25 @@ class Finished:
 
     def loss(self, state: dict[str, Tensor], *, stride: int, has_slot: bool = False) -> float:
         """Nats per token of the validation split by a model of these weights."""
-        config, model = self.config.evaluation, self.model(state)
+        model = self.model(state)
+        scorer = Slot(model, self.config.evaluation) if has_slot else model.nats
+        return self._loss(scorer, stride=stride, chunk_tokens=self.stream.positions)
+
+    def adapted_loss(self) -> float:
+        """The same by the stored weights, which learn from each chunk after its score."""
+        config, model = self.config, self.model(self.file.state())
+        adapter = ChunkAdapter(
+            model, self.stream, config=config.ttt, length=config.evaluation.sequence_length, recurrent=self.recurrent,
+            world=ALONE,
+        )  # fmt: skip
+        stride, chunk_tokens = config.evaluation.stride, config.ttt.chunk_tokens
+        return self._loss(model.nats, stride=stride, chunk_tokens=chunk_tokens, adapter=adapter)
+
+    def _loss(self, scorer: Scorer, *, stride: int, chunk_tokens: int, adapter: Adapter | None = None) -> float:
+        config = self.config.evaluation
         return evaluate(
-            Slot(model, config) if has_slot else model.nats, self.stream,
-            plan_windows(self.stream.positions, length=config.sequence_length, stride=stride),
-            config=config, recurrent=self.recurrent, world=ALONE, chunk_tokens=self.stream.positions,
+            scorer, self.stream, plan_windows(self.stream.positions, length=config.sequence_length, stride=stride),
+            config=config, recurrent=self.recurrent, world=ALONE, chunk_tokens=chunk_tokens, adapter=adapter,
         ).score.loss  # fmt: skip
 
     @torch.no_grad()

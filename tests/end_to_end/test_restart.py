@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import ledger, worker
+from orchestrator import ledger
+from orchestrator.claims import read_claim
 from orchestrator.home import Home
 from orchestrator.launcher import JOB_TAG
 from orchestrator.ledger import Attempt
-from orchestrator.worker import TRAINER_TAG
+from orchestrator.processes import TRAINER_TAG, tagged_processes, trainer_tag
 from tests.end_to_end.micro import (
     NAME,
     ONE_AT_A_TIME,
@@ -160,8 +161,8 @@ def running_attempt(home: Home, *, other_than: Attempt | None = None) -> Attempt
 def pid_of(home: Home, attempt: Attempt, victim: str) -> int:
     files = home.run(attempt.run_id).attempt(attempt.number)
     if victim == "trainer":
-        [pid] = worker.tagged_processes(TRAINER_TAG, worker.trainer_tag(files))
+        [pid] = tagged_processes(TRAINER_TAG, trainer_tag(files))
         return pid
-    claim = worker.read_claim(files)
-    assert claim is not None and claim.pid in worker.tagged_processes(JOB_TAG, attempt.tag)
+    claim = read_claim(files)
+    assert claim is not None and claim.pid in tagged_processes(JOB_TAG, attempt.tag)
     return claim.pid

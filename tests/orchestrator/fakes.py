@@ -13,7 +13,8 @@ from orchestrator.home import Home
 from orchestrator.ledger import StudyState, Trial
 from orchestrator.ports import Ending, OpenJob
 from orchestrator.slots import JobResources
-from orchestrator.study import Study, parse_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 from trainer.protocol import AttemptDir, EventLog, Failure, Result, RunDir, Score
 

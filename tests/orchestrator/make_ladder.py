@@ -12,7 +12,8 @@ from orchestrator import climb, ladder, ledger
 from orchestrator.climb import End
 from orchestrator.home import Home
 from orchestrator.ledger import COMPLETE, StudyState, Trial
-from orchestrator.study import Study, parse_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from orchestrator.sweep import Controller
 from trainer.protocol import Result
 

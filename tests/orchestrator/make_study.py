@@ -31,8 +31,10 @@ from orchestrator.ledger import (
     TRIAL_TOLD,
     Ledger,
 )
+from orchestrator.record_attempt import record_study
 from orchestrator.runs import RunRequest, RunStore
-from orchestrator.study import Study, parse_study, record_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 from trainer.protocol import AttemptDir, Failure, Result, RunDir, Score
 

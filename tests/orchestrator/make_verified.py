@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.home import Home
+from orchestrator.presets import load_preset
 from orchestrator.runs import RunRequest, RunStore
-from orchestrator.study import load_preset
 from trainer import protocol
 from trainer.config import with_knobs
 from trainer.protocol import TRAIN, VALIDATION, DataDir, Manifest, Result, RunDir, Score, Shard, Split

@@ -1,7 +1,7 @@
 import pytest
 
 from orchestrator.acceptance import objections
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from trainer.config import Config, with_knobs
 
 

@@ -1,15 +1,16 @@
 import shutil
+import time
 
 import pytest
 from fakes import FakeLauncher, FakeSearch, Listener, failed, scored, tiny_study, write_plans
 from make_controller import Killed, controller, die_at
 
-from orchestrator import attempts, ledger
+from orchestrator import attempts, ledger, slots
 from orchestrator.errors import ConfigError, DataError, ProtocolError, StorageError, StudyFailed
 from orchestrator.launcher import LocalLauncher
 from orchestrator.ports import Ending, Unanswered
 from trainer import protocol
-from trainer.protocol import DATA, DISK, INFRASTRUCTURE, NODE, PREEMPTED
+from trainer.protocol import DATA, DISK, INFRASTRUCTURE, NODE, PREEMPTED, read_spec
 
 
 def test_a_run_that_another_study_works_on_is_waited_for(home):
@@ -346,6 +347,50 @@ def test_what_was_never_submitted_is_submitted_with_the_resources_that_were_mend
 def test_a_job_of_this_machine_knows_how_many_share_it_and_one_of_a_cluster_has_its_own(home, where, beside):
     state = controller(tiny_study(trials=1, confirm=None, slots=3, resources=where), home).run()
     assert [attempt.resources["beside"] for attempt in state.attempts.values()] == [beside]
+
+
+class Shared(FakeLauncher):
+    """A machine on whose first GPU somebody else has a job: what is given it is refused before it begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = []
+
+    def submit(self, run, attempt, *, tag, resources):
+        self.slots.append(resources.slot)
+        job = super().submit(run, attempt, tag=tag, resources=resources)
+        if resources.slot == 0:
+            run.attempt(attempt).events.unlink()
+            protocol.write_result(
+                run.attempt(attempt).result, failed(NODE)(run, run.attempt(attempt), read_spec(run.spec))
+            )
+            self.alive[tag] = 0
+        return job
+
+    def _end(self, run, attempt):
+        if not attempt.result.exists():
+            super()._end(run, attempt)
+
+
+def test_a_gpu_that_somebody_else_uses_costs_one_refusal_and_the_study_goes_on_with_the_others(home):
+    launcher, listener = Shared(), Listener()
+    state = controller(tiny_study(trials=6, confirm=None, slots=2), home, launcher=launcher, listener=listener).run()
+    assert [trial.state for trial in state.trials.values()] == ["complete"] * 6
+    assert launcher.slots.count(0) == 1 and launcher.slots.count(1) == 6
+    assert "slot 0 gets no run for 15 s" in listener.notes
+    (refused,) = (attempt for attempt in state.attempts.values() if attempt.is_refused)
+    assert refused.resources["slot"] == 0 and state.attempts_of(refused.run_id)[-1].status == "complete"
+
+
+def test_the_only_slot_is_tried_again_after_its_rest(home, monkeypatch):
+    monkeypatch.setattr(slots, "REST_SECONDS", (0.05, 0.1))
+    launcher = Shared()
+    study = tiny_study(trials=1, confirm=None, slots=1, resources="max_attempts = 2")
+    controlled = controller(study, home, launcher=launcher)
+    started = time.monotonic()
+    with pytest.raises(StudyFailed):
+        controlled.run()
+    assert launcher.slots == [0, 0, 0] and time.monotonic() - started >= 0.15  # the first refusal costs no attempt
 
 
 class Cluster(FakeLauncher):

@@ -15,7 +15,7 @@ import trainer
 from orchestrator import bundle
 from orchestrator.errors import CaddieError, ConfigError, ProtocolError
 from orchestrator.folding import choices
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from trainer import protocol
 from trainer.config import Config, from_mapping, to_mapping, with_knobs
 
@@ -53,13 +53,20 @@ def probe(path, body, cwd):
 
 @pytest.mark.parametrize("preset", ["pr1326", "smoke"])
 def test_the_bundle_is_within_its_limit_and_smaller_than_one_for_any_run(preset):
+    assert bundle.LARGEST_BYTES == 25_000
     assert len(bundle.build(load_preset(preset))) <= 25_000
     assert len(bundle.build(load_preset(preset))) < len(bundle.build())
 
 
+def test_a_bundle_over_the_limit_is_refused(monkeypatch):
+    monkeypatch.setattr(bundle, "LARGEST_BYTES", 1000)
+    with pytest.raises(CaddieError, match=r"the bundle has \d+ bytes, the limit is 1000"):
+        bundle.build(load_preset("smoke"))
+
+
 def test_the_same_sources_give_the_same_bytes():
     code = (
-        "import hashlib; from orchestrator import bundle; from orchestrator.study import load_preset\n"
+        "import hashlib; from orchestrator import bundle; from orchestrator.presets import load_preset\n"
         "print(hashlib.sha256(bundle.build(load_preset('smoke'))).hexdigest())"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONHASHSEED": "7"}
@@ -106,16 +113,16 @@ def test_sources_can_be_inspected(packed, tmp_path):
 
 def test_a_traceback_names_the_line_of_the_readable_source(packed, tmp_path):
     spec = tmp_path / "spec.json"
-    spec.write_text('{"protocol": 99}')
-    function = packed_name("protocol", "read_spec")
+    spec.write_text("{")
+    function = packed_name("protocol", "read_json")
     body = (
-        f"import pathlib\nfrom trainer.protocol import {function} as read_spec\n"
-        f"try: read_spec(pathlib.Path({str(spec)!r}))\n"
+        f"import pathlib\nfrom trainer.protocol import {function} as read_json\n"
+        f"try: read_json(pathlib.Path({str(spec)!r}))\n"
         "except Exception:\n import traceback; traceback.print_exc()"
     )
     done = probe(packed, body, tmp_path)
     try:
-        protocol.read_spec(spec)
+        protocol.read_json(spec)
     except ProtocolError as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
     assert f'train_gpt.py/trainer/protocol.py", line {frame.lineno}, in {function}' in done.stderr

@@ -2,7 +2,7 @@ import pytest
 
 from orchestrator import bundle_store
 from orchestrator.bundle_store import BundleStore
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from trainer.config import with_knobs
 
 SMOKE = load_preset("smoke")

@@ -66,6 +66,13 @@ def test_the_loss_plot_has_a_line_a_run_and_names_each_group_once(home):
     assert sorted(line.name for line in lines if line.showlegend) == ["best", "preset", "search"]
 
 
+def test_cells_of_a_design_are_not_called_a_search(home):
+    curves = read_curves(home, gather(home, NAME))[0]
+    cells = [replace(curve, run=replace(curve.run, owner="order-1+run-1")) for curve in curves]
+    lines = loss_chart(cells, by="step").figures[0].data
+    assert [line.name for line in lines if line.showlegend] == ["other arms"]
+
+
 def test_a_long_curve_is_thinned_and_a_loss_that_is_not_a_number_does_not_hide_the_rest(home):
     run = gather(home, NAME).runs[0]
     count = 5 * MOST_POINTS

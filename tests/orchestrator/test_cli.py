@@ -14,7 +14,7 @@ from make_data import VOCAB_SIZE, make_data, texts, write_jsonl
 from make_study import make_study
 from make_verified import data_of, edit_result, make_run
 
-from orchestrator import cli
+from orchestrator import assignments, attempt_commands, cli, terminal
 from orchestrator.errors import ConfigError, DataError, MachineError, ProtocolError, StorageError
 from orchestrator.evidence import gather
 from orchestrator.home import SHIPPED_STUDIES, Home
@@ -232,12 +232,12 @@ def test_a_record_that_cannot_be_meant_is_refused(
 
 def test_settings_and_presets_are_read_as_they_are_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.parse_settings(["ttt.lr=0.01", "model.recurrence_layers=2,3"]) == {
+    assert assignments.parse_settings(["ttt.lr=0.01", "model.recurrence_layers=2,3"]) == {
         "ttt.lr": 0.01,
         "model.recurrence_layers": (2, 3),
     }
-    assert cli.named_preset("smoke") == "smoke"
-    assert cli.named_preset("mine.toml") == str(tmp_path / "mine.toml")
+    assert assignments.named_preset("smoke") == "smoke"
+    assert assignments.named_preset("mine.toml") == str(tmp_path / "mine.toml")
 
 
 def test_a_report_is_printed_with_the_place_of_its_page(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -408,9 +408,9 @@ def test_the_command_to_go_on_with_is_one_that_the_shell_finds(monkeypatch, tmp_
     installed.chmod(0o755)
     monkeypatch.setattr(sys, "argv", [str(installed)])
     monkeypatch.setenv("PATH", "/nowhere")
-    assert cli.command_name() == f"'{installed}'"
+    assert terminal.command_name() == f"'{installed}'"
     monkeypatch.setenv("PATH", str(installed.parent))
-    assert cli.command_name() == "caddie"
+    assert terminal.command_name() == "caddie"
 
 
 def test_two_arms_are_compared_and_an_unmet_rule_fails_the_command(
@@ -456,9 +456,9 @@ def test_a_comparison_by_turns_needs_both_the_word_and_a_candidate(words, tmp_pa
 
 def test_a_comparison_by_turns_is_asked_for_with_a_preset_or_with_knobs():
     words = ["run", "smoke", "--interleave", "--set-against", "ttt.lr=0.01", "--max-gap", "0.05", "--seeds", "1,2"]
-    study = cli.study_of_preset(cli.make_parser().parse_args(words))
+    study = attempt_commands.study_of_preset(cli.make_parser().parse_args(words))
     assert study.candidate_params == {"ttt.lr": 0.01} and study.interleave.max_gap == 0.05
-    study = cli.study_of_preset(
+    study = attempt_commands.study_of_preset(
         cli.make_parser().parse_args(["run", "pr1326", "--interleave", "--against", "pr1326-fisher"])
     )
     assert "quant.grid" in study.candidate_params

@@ -14,7 +14,7 @@ from orchestrator.ladder_tables import plan_table, points_table
 from orchestrator.ledger import Ledger
 from orchestrator.purse import Purse, run_cost
 from orchestrator.report import as_record, render_markdown, write_report
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 
 LEAST = RUNGS.replace('name = "full"\n', 'name = "full"\nleast_rank_correlation = 0.3\n')
 

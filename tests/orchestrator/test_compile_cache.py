@@ -12,8 +12,8 @@ from fakes import MANIFEST, REPOSITORY
 from orchestrator import compile_cache, worker
 from orchestrator.compile_cache import COLD, LOCAL, NONE, OWN, RESTORED
 from orchestrator.home import Home
+from orchestrator.presets import load_preset
 from orchestrator.runs import RunRequest, RunStore
-from orchestrator.study import load_preset
 from trainer import protocol
 from trainer.config import knobs, with_knobs
 

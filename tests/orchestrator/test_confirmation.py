@@ -7,8 +7,9 @@ from make_controller import Killed, controller, die_at, records
 from orchestrator import contest, ledger
 from orchestrator.errors import StudyFailed
 from orchestrator.evidence import gather
+from orchestrator.record_attempt import record_study
 from orchestrator.statistics import Summary
-from orchestrator.study import parse_study, record_study
+from orchestrator.study_file import parse_study
 from trainer.protocol import CODE
 
 SEEDS = "[11, 12, 13, 14, 15, 16]"

@@ -8,7 +8,9 @@ from fakes import study_text
 
 from orchestrator import cli, controller_job, detach, lock, oversight
 from orchestrator.errors import Interrupted, MachineError, StorageError
-from orchestrator.study import LOCAL, parse_study, record_study
+from orchestrator.record_attempt import record_study
+from orchestrator.study import LOCAL
+from orchestrator.study_file import parse_study
 
 
 class FakeSlurm:

@@ -6,9 +6,10 @@ from orchestrator.home import Home
 from orchestrator.ledger import StudyState
 from orchestrator.plan import plan
 from orchestrator.preflight import runs_of
+from orchestrator.presets import load_preset
 from orchestrator.progress import runs_asked
 from orchestrator.purse import confirmation_cost, run_cost
-from orchestrator.study import load_preset, parse_study
+from orchestrator.study_file import parse_study
 from trainer.config import with_knobs
 
 HEAD = """

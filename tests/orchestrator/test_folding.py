@@ -7,7 +7,7 @@ from orchestrator.bundle import CONFIG, ENTRY, MODULES, PACKAGE, ROOT
 from orchestrator.errors import CaddieError
 from orchestrator.folding import KINDS, SWITCHES, choices, fold
 from orchestrator.inference import Program
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from trainer.config import SECTIONS, Config, with_knobs
 
 CLASSES = """\
@@ -219,9 +219,9 @@ def test_a_call_that_does_something_is_kept_where_its_value_is_known():
 def test_the_table_says_which_choices_were_folded_and_no_others():
     source = HEAD + "    return model.layers if model.qk_norm and model.rope_dims else model.qk_gain\n"
     found = fold({"m": CLASSES + source}, choices(with_knobs(Config(), KNOBS)), entry="main", table_in="m")["m"]
-    table = ast.literal_eval(found.splitlines()[0].partition("=")[2].strip()).split()
+    table = ast.literal_eval(found.splitlines()[0].partition("=")[2].strip()).split(" ")
     names = sorted(KINDS, key=lambda knob: knob.split("."))
-    assert {knob: choice for knob, choice in zip(names, table, strict=True) if choice != "_"} == {
+    assert {knob: choice for knob, choice in zip(names, table, strict=True) if choice} == {
         "model.qk_norm": "1", "model.rope_dims": "1", "model.recurrence_layers": "1",
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from make_controller import controller
 
 from orchestrator.errors import ConfigError
 from orchestrator.identity import identity_of
-from orchestrator.study import record_study
+from orchestrator.record_attempt import record_study
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_record_attempt_is_not_continued_with_another_trainer(home):
 def test_the_identity_of_a_study_is_the_same_in_every_process():
     study = tiny_study()
     code = (
-        "import sys; from orchestrator.study import parse_study; from orchestrator.identity import identity_of; "
+        "import sys; from orchestrator.study_file import parse_study; from orchestrator.identity import identity_of; "
         "print(identity_of(parse_study(sys.stdin.read()), manifest_sha256='m', bundle_sha256='b'))"
     )
     other = subprocess.run(

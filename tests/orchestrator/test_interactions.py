@@ -12,7 +12,7 @@ from orchestrator.factors import Factor
 from orchestrator.interactions import INTERACTION, MAIN, SIMPLE, Contrast, contrasts
 from orchestrator.report import render_text, write_report
 from orchestrator.statistics import Difference
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 from trainer.protocol import ROUNDTRIP, SLIDING
 

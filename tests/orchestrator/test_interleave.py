@@ -6,12 +6,14 @@ import pytest
 from fakes import FakeLauncher, scored
 from make_controller import controller
 
-from orchestrator import interleave, worker
+from orchestrator import interleave
+from orchestrator.claims import claim_of
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import gather
+from orchestrator.record_attempt import record_study
 from orchestrator.report import render_text, write_report
 from orchestrator.slots import Slots
-from orchestrator.study import parse_study, record_study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 
 SEEDS = (42, 314, 999, 7)
@@ -38,7 +40,7 @@ class OneNode(FakeLauncher):
         speed = self.speeds.get(spec.seed, 100.0) if is_candidate else 100.0
         bpb = 1.2 + spec.seed * 1e-5 + (-0.002 + spec.seed * 1e-7 if is_candidate else 0.0)
         node = self.nodes.get((spec.seed, is_candidate), "node7")
-        claim = dataclasses.replace(worker.claim_of(1), node=node)
+        claim = dataclasses.replace(claim_of(1), node=node)
         protocol.write_json_atomically(attempt.claim, dataclasses.asdict(claim))
         result = scored(run, attempt, spec, bpb=bpb, steps=1000, tokens=1000, train_seconds=1000 / speed)
         protocol.write_result(attempt.result, result)

@@ -7,7 +7,7 @@ from make_ladder import DECAY, EMA, RUNGS, climb_with_fakes, ladder_text, point,
 
 from orchestrator import enqueued, ladder, ledger
 from orchestrator.errors import ConfigError
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 
 PLAIN = {"ema": ""}
 
@@ -165,8 +165,8 @@ def test_a_runs_id_and_family_tell_it_from_the_same_on_other_gpus(home):
 
     from orchestrator.checks import check_id
     from orchestrator.family import family_of
+    from orchestrator.presets import load_preset
     from orchestrator.runs import RunRequest, RunStore, run_id_of
-    from orchestrator.study import load_preset
     from trainer.protocol import read_spec
 
     store = RunStore(home)

@@ -17,8 +17,10 @@ from orchestrator import ledger
 from orchestrator.home import Home
 from orchestrator.identity import identity_of
 from orchestrator.ledger import Ledger
+from orchestrator.record_attempt import record_study
 from orchestrator.runs import RunRequest, RunStore, run_id_of
-from orchestrator.study import Study, parse_study, record_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 from trainer.protocol import append_line
 

@@ -8,13 +8,15 @@ import time
 import pytest
 from fakes import FAKE_BUNDLE, MANIFEST, subprocess_environment, write_plans
 
-from orchestrator import worker
+from orchestrator.claims import is_live, read_claim
 from orchestrator.errors import MachineError, StorageError
 from orchestrator.home import Home
 from orchestrator.launcher import LocalLauncher
+from orchestrator.machine import THREADS
+from orchestrator.presets import load_preset
+from orchestrator.processes import started_ticks
 from orchestrator.runs import RunRequest, RunStore
 from orchestrator.slots import JobResources
-from orchestrator.study import load_preset
 from trainer import protocol
 
 SUBMIT = """
@@ -60,7 +62,7 @@ def test_a_job_is_alive_until_its_result_and_leaves_no_zombie(run, tag):
     until(lambda: attempt.result.exists() and not launcher.is_alive(attempt, tag=tag))
     assert protocol.read_result(attempt.result).status == protocol.COMPLETE
     until(lambda: not launcher.is_alive(attempt, tag=tag) and job_id not in {job.job_id for job in launcher.jobs})
-    assert worker.started_ticks(int(job_id)) is None
+    assert started_ticks(int(job_id)) is None
     assert launcher.find(attempt, tag=tag) is None
 
 
@@ -72,11 +74,11 @@ def test_the_gpus_of_the_slot_are_the_only_ones_that_the_trainer_sees(run, tag):
 
 
 def test_runs_side_by_side_share_the_machines_processors(run, tag, monkeypatch):
-    monkeypatch.delenv(worker.THREADS, raising=False)
+    monkeypatch.delenv(THREADS, raising=False)
     launcher, attempt = LocalLauncher(), run.attempt(1)
     launcher.submit(run, 1, tag=tag, resources=resources(beside=10_000))
     until(attempt.result.exists)
-    assert protocol.read_json(attempt.env)["environment"][worker.THREADS] == "1"
+    assert protocol.read_json(attempt.env)["environment"][THREADS] == "1"
     assert protocol.read_json(attempt.job)["resources"]["beside"] == 10_000
 
 
@@ -90,7 +92,7 @@ def test_a_job_is_found_by_its_tag_and_ends_when_it_is_cancelled(run, tag):
     trainer = int((attempt.root / "trainer.pid").read_text())
     launcher.cancel(tag)
     until(lambda: not launcher.is_alive(attempt, tag=tag))
-    assert worker.started_ticks(trainer) is None
+    assert started_ticks(trainer) is None
 
 
 def test_a_trainer_whose_worker_was_killed_still_counts_as_alive(run, tag):
@@ -98,8 +100,8 @@ def test_a_trainer_whose_worker_was_killed_still_counts_as_alive(run, tag):
     launcher, attempt = LocalLauncher(), run.attempt(1)
     launcher.submit(run, 1, tag=tag, resources=resources())
     until(lambda: (attempt.root / "trainer.pid").exists())
-    os.kill(worker.read_claim(attempt).pid, signal.SIGKILL)
-    until(lambda: not worker.is_live(worker.read_claim(attempt)))
+    os.kill(read_claim(attempt).pid, signal.SIGKILL)
+    until(lambda: not is_live(read_claim(attempt)))
     assert launcher.is_alive(attempt, tag=tag)
     assert launcher.is_alive(attempt, tag=None)
     launcher.cancel(tag)

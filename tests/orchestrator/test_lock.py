@@ -12,9 +12,9 @@ import pytest
 from fakes import subprocess_environment
 
 from orchestrator import lock
+from orchestrator.claims import claim_of
 from orchestrator.errors import StorageError, StudyBusy
 from orchestrator.home import StudyDir
-from orchestrator.worker import claim_of
 
 HOLD = """
 import sys, time

@@ -10,7 +10,7 @@ import pytest
 from fakes import FAKE_BUNDLE, tiny_study, write_plans
 from make_controller import controller
 
-from orchestrator import compile_cache, node_check
+from orchestrator import compile_cache, node_check, slots
 from orchestrator.demands import DemandBook
 from orchestrator.errors import DataError, StorageError
 from orchestrator.launcher import LocalLauncher
@@ -343,8 +343,9 @@ def other_depth(study):
 # ------------------------------------------------------------------------------------------------ a real job
 
 
-def test_a_run_is_attempted_again_where_its_node_was_refused_and_no_trainer_started(home, data):
+def test_a_run_is_attempted_again_where_its_node_was_refused_and_no_trainer_started(home, data, monkeypatch):
     """The node does not see the data set at first."""
+    monkeypatch.setattr(slots, "REST_SECONDS", (0.1,))
     away = data.root.with_name("away")
     data.root.rename(away)
 

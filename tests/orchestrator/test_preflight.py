@@ -9,7 +9,8 @@ from make_data import VOCAB_SIZE, make_data
 from orchestrator import preflight
 from orchestrator.errors import ConfigError, DataError, StorageError
 from orchestrator.home import Home
-from orchestrator.study import load_study, record_study
+from orchestrator.record_attempt import record_study
+from orchestrator.study_file import load_study
 from trainer.protocol import TRAIN, DataDir
 
 

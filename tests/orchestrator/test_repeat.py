@@ -4,10 +4,12 @@ import pytest
 from make_study import BUNDLE, CODE, Maker, make_study
 
 from orchestrator import repeat
-from orchestrator.cli import make_parser, parse_settings
+from orchestrator.assignments import parse_settings
+from orchestrator.cli import make_parser
 from orchestrator.evidence import gather
+from orchestrator.presets import load_preset
+from orchestrator.record_attempt import record_study
 from orchestrator.runs import RunRequest
-from orchestrator.study import load_preset, record_study
 from trainer import protocol
 from trainer.config import from_mapping, with_knobs
 

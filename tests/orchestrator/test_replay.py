@@ -14,7 +14,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.runs import RunStore
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 from trainer.protocol import read_spec
 
 RATIO = 0.4105208

@@ -20,10 +20,10 @@ from make_study import (
 
 from orchestrator import ledger
 from orchestrator.evidence import gather
+from orchestrator.presets import load_preset
 from orchestrator.report import claim, render_text, write_report
 from orchestrator.runs import RunRequest
 from orchestrator.statistics import difference
-from orchestrator.study import load_preset
 
 NAME = "wd-qk-ttt-smoke"
 

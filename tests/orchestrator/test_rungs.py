@@ -5,7 +5,7 @@ import pytest
 from make_ladder import DECAY, EMA, RUNGS, ladder_text, rungs_of_text
 
 from orchestrator.errors import ConfigError
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 
 TWO = '[[rungs]]\nname = "proxy"\n[[rungs]]\nname = "full"\npromote = 2\n'
 

@@ -5,8 +5,8 @@ from fakes import FAKE_BUNDLE, MANIFEST, scored
 
 from orchestrator.errors import ProtocolError
 from orchestrator.home import Home
+from orchestrator.presets import load_preset
 from orchestrator.runs import RESUMABLE, RunRequest, RunStore, run_id_of, without_resuming
-from orchestrator.study import load_preset
 from trainer import protocol
 from trainer.config import to_mapping, with_knobs
 from trainer.protocol import EventLog, Failure

@@ -11,7 +11,8 @@ from make_scripts import make_data, make_layout, write_script
 from orchestrator import preflight, script_check
 from orchestrator.errors import ConfigError
 from orchestrator.home import Home
-from orchestrator.study import Study, parse_study
+from orchestrator.study import Study
+from orchestrator.study_file import parse_study
 
 
 def study_of(

@@ -14,7 +14,9 @@ import pytest
 from make_scripts import TOKENS, make_layout, plan_run, write_script
 
 from orchestrator import script_run, worker
+from orchestrator.claims import claim_of
 from orchestrator.home import Home
+from orchestrator.notice import Notice
 from orchestrator.script_run import ScriptRun, is_same
 from trainer import protocol
 from trainer.protocol import (
@@ -198,7 +200,7 @@ def test_one_gpu_has_torchrun_too(tmp_path: Path) -> None:
     script = ScriptRun(run, run.attempt(1), protocol.read_spec(run.spec))
     part = worker.Part(
         run=run, files=run.attempt(1), order=worker.Order(processes=1, gpus="0", timeout_seconds=1.0),
-        allocation=worker.Allocation(), claim=worker.claim_of(os.getpid()), notice=worker.Notice(run.attempt(1)),
+        allocation=worker.Allocation(), claim=claim_of(os.getpid()), notice=Notice(run.attempt(1)),
     )  # fmt: skip
     command = worker.part_command(part, torch="2.11.0", script=script)
     assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]

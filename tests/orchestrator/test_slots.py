@@ -1,27 +1,47 @@
 import pytest
 
+from orchestrator import slots
 from orchestrator.errors import MachineError
 from orchestrator.slots import JobResources, Slots, machine_gpus, machine_slots
 
 
 def test_a_slot_is_given_once_and_again_after_its_release():
-    slots = Slots(((), ()))
-    assert [slots.acquire("a"), slots.acquire("b"), slots.acquire("c")] == [0, 1, None]
-    slots.release("a")
-    slots.release("nobody")
-    assert slots.acquire("c") == 0
+    places = Slots(((), ()))
+    assert [places.acquire("a"), places.acquire("b"), places.acquire("c")] == [0, 1, None]
+    places.release("a")
+    places.release("nobody")
+    assert places.acquire("c") == 0
 
 
 def test_a_slot_is_not_free_while_an_earlier_job_holds_one_of_its_gpus_under_another_division():
-    slots = Slots((("0", "1"), ("2", "3")))
-    slots.occupy("earlier", slot=5, gpus=("1",))
-    assert slots.free == [1]
+    places = Slots((("0", "1"), ("2", "3")))
+    places.occupy("earlier", slot=5, gpus=("1",))
+    assert places.free == [1]
 
 
 def test_jobs_from_before_the_number_of_places_was_lowered_still_count():
-    slots = Slots(((),))
-    slots.occupy("earlier", slot=3, gpus=())
-    assert slots.free == []
+    places = Slots(((),))
+    places.occupy("earlier", slot=3, gpus=())
+    assert places.free == []
+
+
+def test_a_slot_that_rests_is_passed_over_each_time_longer_until_a_run_began_on_it(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(slots.time, "monotonic", lambda: now)
+    places = Slots((("0",), ("1",)))
+    rests = []
+    for _ in range(5):
+        rests.append(places.rest(0))
+        assert places.free == [1]
+        now += rests[-1] - 1
+        assert places.acquire("a") == 1
+        places.release("a")
+        now += 1
+        assert places.acquire("a") == 0
+        places.release("a")
+    assert rests == [15.0, 60.0, 300.0, 900.0, 900.0]
+    places.has_served(0)
+    assert places.rest(0) == 15.0
 
 
 def test_gpus_are_grouped_and_the_rest_is_left_over(monkeypatch):

@@ -5,16 +5,18 @@ import re
 import pytest
 from fakes import FAKE_BUNDLE, MANIFEST
 
-from orchestrator import pulse, slurm_jobs, slurm_launcher, worker
+from orchestrator import pulse, slurm_jobs, slurm_launcher
 from orchestrator.allocation import Allocation
+from orchestrator.claims import claim_for, make_claim
 from orchestrator.errors import ConfigError, StorageError
 from orchestrator.home import Home
 from orchestrator.job_names import JobNames
 from orchestrator.ports import OpenJob, Unanswered
+from orchestrator.presets import load_preset
 from orchestrator.runs import RunRequest, RunStore
 from orchestrator.slots import JobResources
 from orchestrator.slurm_launcher import SlurmLauncher, is_hidden
-from orchestrator.study import Resources, load_preset
+from orchestrator.study import Resources
 from trainer import protocol
 from trainer.protocol import INFRASTRUCTURE, NODE, PREEMPTED
 
@@ -292,7 +294,7 @@ def test_an_attempt_with_a_result_has_ended_whatever_slurm_says(run, tag, cluste
 
 
 def claim(run, **changes):
-    worker.make_claim(run.attempt(1), worker.claim_for(Allocation(**{"job": "41", "names": ("node1",), **changes})))
+    make_claim(run.attempt(1), claim_for(Allocation(**{"job": "41", "names": ("node1",), **changes})))
 
 
 def test_an_attempt_that_is_heard_lives_although_slurm_has_given_its_node_up(run, tag, cluster, monkeypatch):

@@ -6,15 +6,16 @@ from fakes import FAKE_BUNDLE
 from make_controller import controller
 from make_verified import data_of, make_run
 
-from orchestrator import cli, preflight, repeat, source_run, worker
+from orchestrator import attempt_commands, cli, preflight, repeat, source_run, worker
 from orchestrator.errors import ConfigError
 from orchestrator.evidence import gather
 from orchestrator.family import family_of
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
+from orchestrator.record_attempt import record_study
 from orchestrator.runs import RunRequest, RunStore
 from orchestrator.source_run import Sources
-from orchestrator.study import parse_study, record_study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 from trainer.config import from_mapping, knob_value, with_knobs
 from trainer.protocol import ARTIFACT, WEIGHTS, read_spec, sha256_of
@@ -349,12 +350,14 @@ def command_line(home, *arguments):
 
 def test_the_command_takes_data_seed_preset_and_knobs_from_the_run(home, run):
     arguments = command_line(home, "--from", run.run_id[:8], "--set", "ttt.lr=0.5", "--set", "ttt.method=lora")
-    study = cli.study_from_run(arguments, home)
+    study = attempt_commands.study_from_run(arguments, home)
     assert (study.preset, study.from_runs, study.confirm.seeds) == ("smoke", (run.run_id,), (7,))
     assert study.data == str(data_of(run).root)
     assert knob_value(study.config, "optim.matrix_lr") == 0.03
     assert (knob_value(study.config, "ttt.lr"), knob_value(study.config, "ttt.method")) == (0.5, "lora")
-    assert cli.study_from_run(command_line(home, "--from", run.run_id, "--seeds", "1,2"), home).confirm.seeds == (1, 2)
+    assert attempt_commands.study_from_run(
+        command_line(home, "--from", run.run_id, "--seeds", "1,2"), home
+    ).confirm.seeds == (1, 2)
 
 
 def test_a_preset_and_a_run_exclude_one_another_and_one_is_needed(home, run, capsys):

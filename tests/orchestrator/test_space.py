@@ -1,8 +1,8 @@
 import pytest
 
 from orchestrator.errors import ConfigError
+from orchestrator.presets import load_preset
 from orchestrator.space import Choice, NumberRange, parse_range
-from orchestrator.study import load_preset
 
 SMOKE = load_preset("smoke")
 

@@ -7,7 +7,10 @@ from fakes import study_text, tiny_study
 
 from orchestrator.errors import ConfigError
 from orchestrator.home import SHIPPED_STUDIES
-from orchestrator.study import SLURM_MARGIN_MINUTES, StopEarlyPlan, load_preset, load_study, parse_study, record_study
+from orchestrator.presets import load_preset
+from orchestrator.record_attempt import record_study
+from orchestrator.study import SLURM_MARGIN_MINUTES, StopEarlyPlan
+from orchestrator.study_file import load_study, parse_study
 from trainer.config import Config, knob_value
 from trainer.protocol import SLIDING, TTT
 

@@ -26,9 +26,10 @@ from orchestrator.errors import StorageError, StudyBusy, StudyFailed
 from orchestrator.home import Home
 from orchestrator.launcher import LocalLauncher
 from orchestrator.ledger import Ledger
+from orchestrator.record_attempt import record_study
 from orchestrator.runs import without_resuming
 from orchestrator.search import Search
-from orchestrator.study import parse_study, record_study
+from orchestrator.study_file import parse_study
 from trainer import protocol
 from trainer.protocol import CODE, INFRASTRUCTURE, NOT_FINITE, OVER_CAP
 
@@ -356,7 +357,7 @@ from fakes import FAKE_BUNDLE, MANIFEST, Listener
 from orchestrator.home import Home
 from orchestrator.launcher import LocalLauncher
 from orchestrator.search import Search
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 from orchestrator.sweep import Controller
 home, study = Home(Path(sys.argv[1])), parse_study(sys.stdin.read())
 Controller(

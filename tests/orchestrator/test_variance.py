@@ -9,7 +9,7 @@ from make_controller import controller
 from orchestrator.evidence import gather
 from orchestrator.report import render_text, write_report
 from orchestrator.statistics import variance_interval
-from orchestrator.study import parse_study
+from orchestrator.study_file import parse_study
 from orchestrator.variance import BOTH, INITIALISATION, MACHINE, ORDER, TOTAL, noise
 from trainer import protocol
 

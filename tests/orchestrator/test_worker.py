@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import signal
@@ -12,20 +11,15 @@ from fakes import FAKE_BUNDLE, MANIFEST, subprocess_environment, write_plans
 
 from orchestrator import worker
 from orchestrator.allocation import Allocation
+from orchestrator.claims import claim_for, is_live, make_claim, read_claim
 from orchestrator.home import Home
+from orchestrator.machine import THREADS, describe_machine, installed_packages
+from orchestrator.notice import Notice
+from orchestrator.presets import load_preset
+from orchestrator.processes import TRAINER_TAG, tagged_processes, trainer_tag
 from orchestrator.runs import RunRequest, RunStore
-from orchestrator.study import load_preset
 from trainer import protocol
-from trainer.errors import CaddieError, StorageError
-from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, NODE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
-
-RANKS = """
-Root Cause (first observed failure):
-[0]:
-  rank      : 1 (local_rank: 1)
-  exitcode  : {code} (pid: 4711)
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-"""
+from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
 
 
 @pytest.fixture
@@ -50,98 +44,11 @@ def wait_for(path, seconds=20.0):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(
-    ("returncode", "tail", "kind"),
-    [
-        (1, "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", OUT_OF_MEMORY),
-        (1, "MemoryError", OUT_OF_MEMORY),
-        (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory", OUT_OF_MEMORY),
-        (1, "[rank1]: OutOfMemoryError\n[rank0]: DistBackendError: NCCL error", OUT_OF_MEMORY),
-        (1, "OSError: [Errno 28] No space left on device", DISK),
-        (3, "error: x", CONFIG),
-        (4, "error: x", DATA),
-        (6, "error: x", DISK),
-        (1, RANKS.format(code=4), DATA),
-        (1, RANKS.format(code=-9), INFRASTRUCTURE),
-        (1, RANKS.format(code=1), CODE),
-        (1, "torch.distributed.DistBackendError: NCCL error in: foo", INFRASTRUCTURE),
-        (1, "Traceback (most recent call last):\nValueError: x", CODE),
-        (0, "", CODE),
-        (-9, "", INFRASTRUCTURE),
-        (-7, "", INFRASTRUCTURE),
-    ],
-)
-def test_a_failure_is_classified_by_its_cause(returncode, tail, kind):
-    assert worker.classify(returncode, tail) == kind
-
-
-def test_a_timeout_is_one_whatever_the_log_says():
-    assert worker.classify(-15, "CUDA out of memory", timed_out=True) == TIMEOUT
-
-
-@pytest.mark.parametrize(
-    ("returncode", "tail", "message"),
-    [
-        (1, "Traceback\n  File x\nValueError: wrong shape\nlast words", "ValueError: wrong shape"),
-        (
-            1,
-            "[rank0]: torch.OutOfMemoryError: CUDA out of memory" + RANKS,
-            "torch.OutOfMemoryError: CUDA out of memory",
-        ),
-        (4, "error: shard 3 is truncated", "shard 3 is truncated"),
-        (-9, "step 3", "the trainer was ended by SIGKILL"),
-        (2, "", "the trainer ended with exit code 2 and left no result"),
-    ],
-)
-def test_a_failure_is_explained_in_one_line(returncode, tail, message):
-    assert worker.explain(returncode, tail) == message
-
-
-def test_a_failure_shows_where_its_log_is_and_how_it_ends(tmp_path):
-    log = tmp_path / "stderr.log"
-    log.write_text("".join(f"line {n}\n" for n in range(100)))
-    lines = worker.failure_of(CODE, "x", log).log.splitlines()
-    assert lines[0] == str(log) and lines[1:] == [f"line {n}" for n in range(80, 100)]
-    assert worker.log_tail(tmp_path / "none") == ""
-
-
-def test_an_attempt_that_could_not_write_its_claim_found_the_disk_full(run):
-    attempt = run.attempt(1)
-    attempt.root.mkdir(parents=True)
-    attempt.claim.write_text("")
-    failure = worker.failure_of_lost(attempt)
-    assert (failure.kind, failure.message) == (
-        protocol.DISK, "the job ended and left no result: no space was left for one",
-    )  # fmt: skip
-
-
-def test_a_job_that_died_before_its_claim_says_why_in_the_schedulers_log(run):
-    attempt = run.attempt(1)
-    assert worker.failure_of_lost(attempt).log == str(attempt.stderr)
-    attempt.scheduler.mkdir(parents=True)
-    (attempt.scheduler / "12_0_log.err").write_text("ModuleNotFoundError: no numpy\n")
-    failure = worker.failure_of_lost(attempt)
-    assert failure.kind == INFRASTRUCTURE and failure.log.endswith("12_0_log.err\nModuleNotFoundError: no numpy")
-
-
-@pytest.mark.parametrize(
-    ("error", "kind"),
-    [
-        (StorageError("x"), DISK),
-        (CaddieError("x"), CODE),
-        (OSError(28, "full"), DISK),
-        (OSError(11, "no more processes"), INFRASTRUCTURE),
-    ],
-)
-def test_a_trainer_that_cannot_be_started_has_a_kind_of_failure(error, kind):
-    assert worker.kind_of_error(error) == kind
-
-
 def test_an_attempt_runs_the_bundle_from_its_directory_alone(run):
     result = attempt_with(run)
     assert (result.status, result.seed, result.attempt) == (protocol.COMPLETE, 7, 1)
-    claim = worker.read_claim(run.attempt(1))
-    assert claim.pid == os.getpid() and worker.is_live(claim)
+    claim = read_claim(run.attempt(1))
+    assert claim.pid == os.getpid() and is_live(claim)
     described = protocol.read_json(run.attempt(1).env)
     assert described["environment"]["CUDA_VISIBLE_DEVICES"] == "" and described["gpus"] == []
     assert re.match(r"\d+\.\d+", described["packages"]["numpy"])
@@ -175,11 +82,11 @@ def test_a_process_gets_its_share_of_the_processors_that_the_job_may_use(
 
 @pytest.mark.parametrize(("set_by_user", "threads"), [(None, "1"), ("5", "5")])
 def test_the_trainers_threads_are_the_users_where_he_names_a_number(run, monkeypatch, set_by_user, threads):
-    monkeypatch.delenv(worker.THREADS, raising=False)
+    monkeypatch.delenv(THREADS, raising=False)
     if set_by_user:
-        monkeypatch.setenv(worker.THREADS, set_by_user)
+        monkeypatch.setenv(THREADS, set_by_user)
     worker.run_attempt(str(run.root), 1, 1, "", 60.0, beside=10_000)
-    assert protocol.read_json(run.attempt(1).env)["environment"][worker.THREADS] == threads
+    assert protocol.read_json(run.attempt(1).env)["environment"][THREADS] == threads
 
 
 def part_of(run, allocation=None, *, number=1, **order):
@@ -187,9 +94,7 @@ def part_of(run, allocation=None, *, number=1, **order):
     allocation = allocation or Allocation(job="9", names=("node1",))
     files, order = run.attempt(number), {"processes": 1, "gpus": "", "timeout_seconds": 60.0, **order}
     claim = (
-        worker.claim_for(Allocation(job="9", names=("localhost", "node2")))
-        if allocation.nodes > 1
-        else worker.claim_for(allocation)
+        claim_for(Allocation(job="9", names=("localhost", "node2"))) if allocation.nodes > 1 else claim_for(allocation)
     )
     return worker.Part(
         run=run,
@@ -197,7 +102,7 @@ def part_of(run, allocation=None, *, number=1, **order):
         order=worker.Order(**order),
         allocation=allocation,
         claim=claim,
-        notice=worker.Notice(files),
+        notice=Notice(files),
     )
 
 
@@ -287,7 +192,7 @@ def test_a_trainer_that_dies_of_the_notice_was_pre_empted(run):
 
 
 def test_a_notice_before_the_trainer_listens_is_passed_on_when_it_does(run):
-    notice = worker.Notice(run.attempt(1))
+    notice = Notice(run.attempt(1))
     run.attempt(1).root.mkdir(parents=True)
     with notice.heard():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -304,14 +209,14 @@ def test_a_worker_whose_run_has_a_later_attempt_ends_its_trainer_and_writes_noth
     files = carry_out(run, plan={"step_seconds": 30})
     thread.join()
     assert not files.result.exists()
-    assert not worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(files))
+    assert not tagged_processes(TRAINER_TAG, trainer_tag(files))
 
 
 def test_a_trainer_that_an_earlier_attempt_left_on_this_host_is_ended(run):
     run.attempt(1).root.mkdir(parents=True)
-    tag = worker.trainer_tag(run.attempt(1))
-    with subprocess.Popen(["sleep", "60"], env={**os.environ, worker.TRAINER_TAG: tag}) as left:
-        while not worker.tagged_processes(worker.TRAINER_TAG, tag):  # its environment shows once its exec is through
+    tag = trainer_tag(run.attempt(1))
+    with subprocess.Popen(["sleep", "60"], env={**os.environ, TRAINER_TAG: tag}) as left:
+        while not tagged_processes(TRAINER_TAG, tag):  # its environment shows once its exec is through
             time.sleep(0.01)
         carry_out(run, number=2)
         assert left.wait(30) == -signal.SIGKILL
@@ -323,40 +228,21 @@ def test_a_second_life_of_the_same_job_finds_the_claim_and_leaves(run):
     before = files.result.stat().st_mtime_ns
     carry_out(run, allocation=Allocation(job="9", restarts=1, names=("node1",)))
     assert files.result.stat().st_mtime_ns == before
-    claim = worker.read_claim(files)
+    claim = read_claim(files)
     assert (claim.job, claim.restarts, claim.node) == ("9", 0, "node1") and claim.began > 0
-
-
-def test_a_claim_is_touched_for_as_long_as_its_worker_lives(run, monkeypatch):
-    monkeypatch.setattr(worker, "BEAT_SECONDS", 0.02)
-    files = run.attempt(1)
-    worker.make_claim(files)
-    os.utime(files.claim, (1, 1))
-    with worker.beating(files):
-        wait_for_change(files.claim, 1)
-    os.utime(files.claim, (1, 1))
-    time.sleep(0.1)
-    assert files.claim.stat().st_mtime == 1
-
-
-def wait_for_change(path, seconds):
-    deadline = time.monotonic() + 10
-    while path.stat().st_mtime == seconds:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 SECOND = Allocation(job="9", node=1, names=("node1", "node2"))
 
 
 def test_the_worker_of_another_node_leaves_where_the_attempt_is_not_its_jobs(run):
-    worker.make_claim(run.attempt(1), worker.claim_for(Allocation(job="8", names=("node1",))))
+    make_claim(run.attempt(1), claim_for(Allocation(job="8", names=("node1",))))
     files = carry_out(run, allocation=SECOND)
     assert not files.events.exists() and not files.node_failure(1).exists()
 
 
 def test_the_worker_of_another_node_says_why_its_part_failed_and_leaves_the_result_to_the_first(run, monkeypatch):
-    worker.make_claim(run.attempt(1), worker.claim_for(Allocation(job="9", names=("node1",))))
+    make_claim(run.attempt(1), claim_for(Allocation(job="9", names=("node1",))))
     monkeypatch.setattr(worker, "_on_this_node", lambda part: [])
     run.attempt(1).scheduler.mkdir()
     files = carry_out(run, allocation=SECOND, mode="out_of_memory")
@@ -377,21 +263,9 @@ def test_the_first_node_ends_its_part_when_anothers_has_failed_and_tells_why(run
 
 
 def test_another_interpreter_says_what_it_has_and_one_that_is_not_there_is_a_mistake_of_the_study(run):
-    assert worker.describe_machine("", sys.executable).packages == worker.installed_packages()
+    assert describe_machine("", sys.executable).packages == installed_packages()
     result = protocol.read_result(carry_out(run, python="/no/such/python").result)
     assert result.failure.kind == CONFIG and "[resources] python: " in result.failure.message
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "RuntimeError: CUDA error: uncorrectable ECC error encountered",
-        "RuntimeError: CUDA error: all CUDA-capable devices are busy or unavailable",
-        "NVRM: GPU has fallen off the bus.",
-    ],
-)
-def test_what_only_a_broken_machine_says_is_the_nodes_failure(line):
-    assert worker.classify(1, line) == NODE
 
 
 def test_several_processes_run_under_torchrun(run):
@@ -434,7 +308,7 @@ def test_a_trainer_that_does_not_leave_after_its_result_is_ended(run):
     began = time.monotonic()
     assert attempt_with(run, "lingers").status == protocol.COMPLETE
     assert time.monotonic() - began < 30
-    assert not worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(run.attempt(1)))
+    assert not tagged_processes(TRAINER_TAG, trainer_tag(run.attempt(1)))
 
 
 def test_an_attempt_that_was_stopped_before_it_began_does_not_begin(run):
@@ -488,7 +362,7 @@ raise SystemExit(1)
     other = RunStore(Home(tmp_path)).plan(request, bundle=bundle, code={})
     worker.run_attempt(str(other.root), 1, 1, "", 60.0)
     deadline = time.monotonic() + 10
-    while worker.tagged_processes(worker.TRAINER_TAG, worker.trainer_tag(other.attempt(1))):
+    while tagged_processes(TRAINER_TAG, trainer_tag(other.attempt(1))):
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -505,42 +379,13 @@ def test_a_missing_bundle_is_not_run(run):
     assert "its SHA-256 is missing" in attempt_with(run).failure.message
 
 
+def test_a_spec_of_another_protocol_is_refused_before_the_trainer_starts(run):
+    """Its own check is left out of the bundle."""
+    run.spec.write_text(run.spec.read_text().replace('"protocol": 1', '"protocol": 99'))
+    assert "protocol 99, this code speaks 1" in attempt_with(run).failure.message
+    assert not run.attempt(1).events.exists()
+
+
 def test_a_damaged_spec_ends_the_attempt_with_its_place(run):
     run.spec.write_text("{")
     assert f"{run.spec}: not a JSON object" in attempt_with(run).failure.message
-
-
-def test_a_claim_that_cannot_be_made_is_a_storage_error(tmp_path):
-    (tmp_path / "attempts").write_text("")
-    with pytest.raises(StorageError, match="cannot be written"):
-        worker.make_claim(protocol.RunDir(tmp_path).attempt(1))
-
-
-def test_a_claim_outlives_neither_its_process_nor_the_boot_nor_the_number(run):
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    claim = worker.claim_of(process.pid)
-    assert worker.is_live(claim)
-    for change in ({"host": "elsewhere"}, {"boot": "earlier"}, {"started": 1}):
-        assert not worker.is_live(worker.Claim(**{**vars(claim), **change}))
-    process.kill()
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert not worker.is_live(claim), "a zombie does not live"
-    process.wait()
-    assert not worker.is_live(claim)
-
-
-@pytest.mark.parametrize("content", ["", "{", json.dumps({"pid": 1})])
-def test_a_claim_that_is_not_whole_is_none(tmp_path, content):
-    attempt = protocol.RunDir(tmp_path).attempt(1)
-    assert worker.read_claim(attempt) is None
-    attempt.root.mkdir(parents=True)
-    attempt.claim.write_text(content)
-    assert worker.read_claim(attempt) is None
-
-
-def test_processes_are_found_and_signalled_by_their_tag():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env={**os.environ, "X_TAG": "me"})
-    assert worker.tagged_processes("X_TAG", "me") == [process.pid]
-    assert worker.tagged_processes("X_TAG", "m") == []
-    worker.signal_tagged("X_TAG", "me", signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL

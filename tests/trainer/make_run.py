@@ -10,8 +10,8 @@ from typing import Any
 
 from orchestrator import bundle
 from orchestrator.home import Home
+from orchestrator.presets import load_preset
 from orchestrator.runs import RunRequest, RunStore, part_of
-from orchestrator.study import load_preset
 from tests.trainer.make_data import VOCAB_SIZE
 from trainer.config import Config, with_knobs
 from trainer.protocol import ARTIFACT, AttemptDir, DataDir, Result, RunDir, read_lines, read_result, sha256_of

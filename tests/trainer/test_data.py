@@ -85,12 +85,12 @@ def test_a_missing_shard_is_named(folder: Path, split: str) -> None:
         open_(folder)
 
 
-@pytest.mark.parametrize(("change", "state"), [(-2, "truncated"), (2, "of the wrong size")])
-def test_a_shard_of_another_size_is_named_with_both_sizes(folder: Path, change: int, state: str) -> None:
+@pytest.mark.parametrize("change", [-2, 2])
+def test_a_shard_of_another_size_is_named_with_both_sizes(folder: Path, change: int) -> None:
     path = DataDir(folder).shard(TRAIN, 0)
     os.truncate(path, path.stat().st_size + change)
     with pytest.raises(
-        DataError, match=f"{state}: {path.stat().st_size} bytes, .* tokens need {path.stat().st_size - change}"
+        DataError, match=f": {path.stat().st_size} bytes, .* tokens need {path.stat().st_size - change}"
     ):
         open_(folder)
 

@@ -414,13 +414,6 @@ def test_a_gpu_that_is_not_there_is_said_at_once(tmp_path, prepared):
     assert not attempt.result.exists()
 
 
-def test_a_spec_of_another_protocol_is_refused(tmp_path, prepared):
-    run = plan(tmp_path, prepared, micro_config())
-    run.spec.write_text(run.spec.read_text().replace('"protocol": 1', '"protocol": 99'))
-    attempt = execute(run)
-    assert "protocol 99, this code speaks 1" in attempt.stderr.read_text()
-
-
 def test_a_truncated_shard_is_named(tmp_path, folder):
     shard = next(folder.glob("train_*.bin"))
     os.truncate(shard, shard.stat().st_size - 10)

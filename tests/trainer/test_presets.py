@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from orchestrator.home import SHIPPED_STUDIES
-from orchestrator.study import load_preset, not_accepted
+from orchestrator.presets import load_preset, not_accepted
 from tests.trainer.make_data import VOCAB_SIZE
 from tests.trainer.published import FACTS
 from tests.trainer.tiny import ALONE

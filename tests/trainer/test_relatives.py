@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orchestrator.study import load_preset
+from orchestrator.presets import load_preset
 from tests.trainer.tiny import CONFIG, LENGTH, random_model, random_tokens
 from trainer.attention import rotary_tables
 from trainer.config import ConfigError, EvaluationConfig, with_knobs

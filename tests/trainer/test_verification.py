@@ -55,7 +55,7 @@ def test_every_damage_is_named_at_once(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-2] + b"\xff\xff")
     DataDir(folder).documents.write_text(DataDir(folder).documents.read_text() + "train abc\n")
     problems = "\n".join(verify(folder, say=quiet).problems)
-    for part in ("train_000001.bin: the shard is missing", "train_000002.bin: the shard is truncated", "documents.txt:",
+    for part in ("train_000001.bin: the shard is missing", "train_000002.bin: 2000 bytes, the shard's", "documents.txt:",
                  "val_000000.bin: changed bytes", "val_000000.bin: token 65535 at byte"):  # fmt: skip
         assert part in problems
 
@@ -174,7 +174,7 @@ def a_shard_that_begins_in_a_document(folder: Path) -> None:
     ("damage", "message"),
     [
         (a_missing_shard, "train_000000.bin: the shard is missing"),
-        (a_truncated_shard, "the shard is truncated: 2000 bytes"),
+        (a_truncated_shard, "train_000000.bin: 2000 bytes, the shard's 3996 tokens need 9016"),
         (changed_bytes, "train_000000.bin: changed bytes"),
         (a_token_beyond_the_vocabulary, "token 60000 at byte 1034, the vocabulary has 420"),
         (a_document_start_too_many, "document starts, the manifest says"),

@@ -16,6 +16,7 @@ CONFIG = Config(
     model=ModelConfig(
         vocab_size=64, layers=6, width=32, heads=4, kv_heads=2, mlp_ratio=2.0, rope_dims=4, xsa_layers=6,
         value_embedding_dim=8, value_embedding_layers=(4, 5), recurrence_layers=(2, 3), parallel_start_layer=4,
+        lane_skips=True,
     ),
     runtime=RUNTIME,
 )  # fmt: skip
