@@ -173,14 +173,14 @@ class Attempts:
 
     def _start_anew(self, attempt: Attempt) -> None:
         """Start an attempt that no scheduler has, with the resources that the study asks for by now."""
-        key = attempt.run_id, attempt.number
+        key, decided = (attempt.run_id, attempt.number), JobResources.from_record(attempt.resources)
         held, stop_reason = self.slots.held.get(key), attempt.stop_reason
         self.slots.release(key)
-        slot = self.slots.acquire(key)
+        slot = self.slots.acquire(key, rather=decided.slot)
         if slot is None:  # the study has fewer places than it had
             if held is not None:
                 self.slots.held[key] = held
-        elif dataclasses.asdict(self._resources(slot)) != attempt.resources:
+        elif self._resources(slot) != decided:
             self._decide(attempt.run_id, attempt.number, slot)
             attempt = self.ledger.now.attempts[key]
             if stop_reason is not None:

@@ -74,13 +74,14 @@ class Slots:
         free = [n for n, group in enumerate(self.groups) if n not in taken and not busy_gpus.intersection(group)]
         return free[: max(0, len(self.groups) - len(self.held))]
 
-    def acquire(self, holder: Hashable) -> int | None:
-        """Give the first free slot, or None."""
+    def acquire(self, holder: Hashable, *, rather: int | None = None) -> int | None:
+        """Give one free slot and return its number: that one if it is free, else the first; None where none is."""
         free = self.free
         if not free:
             return None
-        self.occupy(holder, slot=free[0], gpus=self.groups[free[0]])
-        return free[0]
+        slot = rather if rather is not None and rather in free else free[0]
+        self.occupy(holder, slot=slot, gpus=self.groups[slot])
+        return slot
 
     def occupy(self, holder: Hashable, *, slot: int, gpus: tuple[str, ...]) -> None:
         """Note a job that was started earlier, perhaps under another division of the machine."""

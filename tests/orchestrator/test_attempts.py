@@ -3,7 +3,7 @@ import time
 
 import pytest
 from fakes import FakeLauncher, FakeSearch, Listener, failed, scored, tiny_study, write_plans
-from make_controller import Killed, controller, die_at
+from make_controller import Killed, controller, die_at, records
 
 from orchestrator import attempts, ledger, slots
 from orchestrator.errors import ConfigError, DataError, ProtocolError, StorageError, StudyFailed
@@ -328,6 +328,20 @@ def test_a_restart_waits_for_a_scheduler_that_does_not_answer_and_follows_the_re
     launcher = Silent(silences=0)
     state = controller(study, home, launcher=launcher).run()
     assert len(launcher.submitted) == 1 and launcher.questions == 2 and state.trials[0].state == "complete"
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_what_was_decided_and_never_submitted_is_submitted_as_it_was_decided(home, slot):
+    study, launcher = tiny_study(trials=1, confirm=None, slots=2), FakeLauncher()
+    first = die_at(controller(study, home, launcher=launcher), ledger.SUBMITTING)
+    if slot:  # the first slot is taken at that moment, and free when the next controller comes
+        first.attempts.slots.occupy("another", slot=0, gpus=())
+    with pytest.raises(Killed):
+        first.run()
+    controller(study, home, launcher=launcher).run()
+    decided = [record for record in records(home) if record["kind"] == ledger.SUBMITTING]
+    assert [record["resources"]["slot"] for record in decided] == [slot]
+    assert len(launcher.submitted) == 1
 
 
 def test_what_was_never_submitted_is_submitted_with_the_resources_that_were_mended_meanwhile(home):

@@ -13,6 +13,11 @@ def test_a_slot_is_given_once_and_again_after_its_release():
     assert places.acquire("c") == 0
 
 
+def test_the_slot_that_is_wanted_is_given_while_it_is_free_and_else_the_first():
+    places = Slots(((), (), ()))
+    assert [places.acquire("a", rather=1), places.acquire("b", rather=1), places.acquire("c", rather=7)] == [1, 0, 2]
+
+
 def test_a_slot_is_not_free_while_an_earlier_job_holds_one_of_its_gpus_under_another_division():
     places = Slots((("0", "1"), ("2", "3")))
     places.occupy("earlier", slot=5, gpus=("1",))
