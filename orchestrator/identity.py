@@ -22,7 +22,7 @@ def identity_of(study: Study, *, manifest_sha256: str, bundle_sha256: str) -> di
         "configuration": to_mapping(study.config),
         "space": space,
         "objective": study.search.objective,
-        "seeds": study.search.seeds,
+        "seeds": () if study.cells else study.search.seeds,  # a design has no trials; its arms' seeds may grow
         "limits": [sorted(study.limits.items()), study.search.also_minimize],
     }
     if study.script is not None:

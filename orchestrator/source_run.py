@@ -63,9 +63,11 @@ class Sources:
         return tuple(source.spec.seed for source in self.runs)
 
     @property
-    def digest(self) -> str:
-        """What identifies them, shortened."""
-        return "+".join(source.artifact_sha256[:16] for source in self.runs)
+    def identity(self) -> dict[str, str]:
+        """What must stay, by the word that an error would use: a lone source, or that of each seed. More seeds may come."""
+        if len(self.runs) == 1:
+            return {"source": self.runs[0].artifact_sha256[:16]}
+        return {f"source of seed {source.spec.seed}": source.artifact_sha256[:16] for source in self.runs}
 
     def of(self, seed: int) -> SourceRun:
         """The run that the runs of a seed take."""

@@ -238,7 +238,7 @@ class Controller:
         for_any_run = hashlib.sha256(self.pack(None)).hexdigest()
         identity = identity_of(self.study, manifest_sha256=self.manifest_sha256, bundle_sha256=for_any_run)
         if self.sources:
-            identity["source"] = self.sources.digest
+            identity |= self.sources.identity
         require_same(self.study.name, self.state, identity)
         is_same = (self.state.source, self.state.identity) == (self.study.source, identity)
         if not is_same or self.state.closed not in (None, ledger.FINISHED):

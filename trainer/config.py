@@ -316,6 +316,9 @@ class OptimConfig(Section):
     embedding_weight_decay: float = _between(0.09, 0)
     """Decoupled decay of the tables."""
 
+    embedding_precision: str = _one_of("float32", "float32", "bfloat16")
+    """What the tables and their moments are kept in from step to step. Public scripts: bfloat16, which has 8 significant bits."""
+
     head_lr: float = _between(0.008, 0)
     """AdamW's learning rate for an untied output head."""
 

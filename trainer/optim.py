@@ -102,7 +102,17 @@ class Optimizers:
         for group in self.adam.param_groups:
             group["lr"] = lr_scale * group["base_lr"]
         self.adam.step()
+        if self.config.embedding_precision == "bfloat16":
+            coarsen(self.adam)
         self.gradients.all.zero_()
+
+
+@torch.no_grad()
+def coarsen(adam: torch.optim.AdamW) -> None:
+    """Round the tables, which are its first group, and their moments to bfloat16: as if it had computed in float32 and stored that."""
+    for table in adam.param_groups[0]["params"]:
+        for stored in (table, adam.state[table]["exp_avg"], adam.state[table]["exp_avg_sq"]):
+            stored.copy_(stored.bfloat16())
 
 
 def gradients_of(model: Model, world: World) -> Gradients:

@@ -404,3 +404,51 @@ def test_a_study_runs_on_the_model_of_each_seed_and_says_how_to_repeat_it(home, 
     assert evidence.study.confirm.seeds == (7, 8, 9)  # read back from the ledger, without its sources
     commands = [words for _, words in repeat.listing(home, evidence).parts]
     assert any(f"--from {','.join(found.run_id for found in three)} --seeds 7,8,9" in words for words in commands)
+
+
+CELLS = """
+    name = "cells"
+    question = "Do rate and decay act on one another?"
+    preset = "smoke"
+    data = "made-up"
+    from = [{runs}]
+    [set]
+    "optim.matrix_lr" = 0.03
+    "limits.artifact_bytes" = 20_000
+    [factors.rate.low]
+    "ttt.lr" = 0.1
+    [factors.rate.high]
+    "ttt.lr" = 0.5
+    [resources]
+    preflight = false
+"""
+
+
+def run_cells(home, runs):
+    study = source_run.bound(home, parse_study(CELLS.format(runs=listed(runs))))
+    parts = {
+        "sources": source_run.sources_of(home, study), "manifest_sha256": read_spec(runs[0].spec).manifest_sha256,
+    }  # fmt: skip
+    controller(study, home, **parts).run()
+    return gather(home, "cells")
+
+
+def test_a_design_goes_on_with_more_checkpoints_and_runs_what_is_new_alone(home, run, three):
+    before = run_cells(home, three[:2])
+    after = run_cells(home, three)
+    assert [len(found.attempts) for found in (before, after)] == [4, 6]
+    assert {arm.name: [found.seed for found in arm.runs] for arm in after.arms} == {"low": [7, 8, 9], "high": [7, 8, 9]}
+
+
+def test_a_design_is_not_continued_without_a_checkpoint_or_with_another_of_its_seed(home, run, three):
+    run_cells(home, three)
+    with pytest.raises(ConfigError, match="the source of seed 9 changed since the study was opened"):
+        run_cells(home, three[:2])
+    other = sibling(run, 8)
+    other.artifact.write_bytes(b"another model")
+    result = protocol.read_result(other.attempt(1).result)
+    protocol.write_result(
+        other.attempt(1).result, dataclasses.replace(result, artifact_sha256=sha256_of(other.artifact))
+    )
+    with pytest.raises(ConfigError, match="the source of seed 8 changed"):
+        run_cells(home, three)

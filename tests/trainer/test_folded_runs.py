@@ -21,7 +21,7 @@ PLAIN = {
 OTHER = {
     "model__skips": "plain", "model__lane_skips": False, "model__recurrence_layers": (2,), "data__order_seed": 3,
     "quant__clip_criterion": "output", "quant__act_order": False, "ttt__grad_clip_norm": 0.0, "ttt__frozen_blocks": 1,
-    "runtime__precision": "float32",
+    "runtime__precision": "float32", "optim__embedding_precision": "bfloat16",
 }  # fmt: skip
 """What the smoke preset does in another way."""
 

@@ -136,6 +136,35 @@ def test_each_group_moves_at_its_own_rate():
             torch.testing.assert_close(moves[id(parameter)], torch.full_like(parameter, 0.5 * lr), atol=1e-5, rtol=1e-3)
 
 
+def test_tables_in_bfloat16_move_as_torch_moves_a_table_that_is_stored_so():
+    config = OptimConfig(embedding_precision="bfloat16", grad_clip_norm=0.0)
+    model, gradients = filled(ALONE)
+    tables = parameter_groups(model)["embedding"]
+    with torch.no_grad():
+        for table in tables:
+            table.copy_(table.bfloat16())  # as it is after any step
+    stored = [torch.nn.Parameter(table.detach().bfloat16()) for table in tables]
+    optimizers = Optimizers(model, config, ALONE, gradients)
+    reference = torch.optim.AdamW(
+        stored, lr=config.embedding_lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps,
+        weight_decay=config.embedding_weight_decay, fused=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        for table, theirs in zip(tables, stored, strict=True):
+            theirs.grad = torch.randn(table.shape, generator=generator).bfloat16()
+            table.grad.copy_(theirs.grad)
+        optimizers.step(lr_scale=1.0, momentum=0.9)
+        reference.step()
+        for table, theirs in zip(tables, stored, strict=True):
+            assert torch.equal(table, table.bfloat16().float()), "bfloat16 has every value"
+            apart = (table - theirs.float()).abs() > 0
+            assert apart.float().mean() < 0.01, "one of the two rounds a product on its way"
+            torch.testing.assert_close(table, theirs.float(), rtol=2**-7, atol=0.0)
+    scalars = parameter_groups(model)["scalar"]
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in scalars), "tables alone are rounded"
+
+
 def test_the_average_is_exponential_from_the_first_step():
     model = random_model()
     average = WeightAverage(model, 0.9)
