@@ -210,6 +210,7 @@ def main() -> None:
             world.largest(0.0)
         for line in itertools.chain(steps(config, world, options.repeats), adaptation(config, world)):
             show(line)
+    world.largest(0.0)  # nobody leaves while another still listens
     world.close()
 
 

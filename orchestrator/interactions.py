@@ -248,7 +248,7 @@ def _sentence(kind: str, found: Sequence[Contrast]) -> str:
         (c for c in known if not c.difference.contains_zero), key=lambda c: two_sided(c.difference) or 0.0
     )  # fmt: skip
     if not clear:
-        return f"All {len(known)} {kind}s are within noise."
+        return f"The one {kind} is within noise." if len(known) == 1 else f"All {len(known)} {kind}s are within noise."
     named = "; ".join(
         f"{c.title} {signed(c.difference.value)} ({signed(c.difference.low)} to {signed(c.difference.high)}, "
         f"adjusted p {probability(c.adjusted_p)})"

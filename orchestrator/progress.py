@@ -76,7 +76,7 @@ def snapshot(study: Study, store: RunStore, state: StudyState, *, now: float | N
     running = tuple(
         _running(study, store, state, attempt, now) for attempt in state.attempts.values() if attempt.status is None
     )
-    ends = Counter(_last_status(state, run_id) for run_id in state.run_ids)
+    ends = Counter(_last_status(store, state, run_id) for run_id in state.run_ids)
     asked = runs_asked(study, state)
     to_go = max(0, asked - ends[protocol.COMPLETE] - ends[protocol.FAILED] - ends[protocol.STOPPED])
     return Snapshot(
@@ -102,13 +102,12 @@ def runs_asked(study: Study, state: StudyState) -> int:
     return searched + arms * len(study.confirm.seeds)
 
 
-def _last_status(state: StudyState, run_id: str) -> str | None:
-    """Status of a run's latest attempt; a run that was answered from the store, without an attempt, is complete."""
+def _last_status(store: RunStore, state: StudyState, run_id: str) -> str | None:
+    """Status of a run's latest attempt; a run that another study has completed needs none."""
     attempts = state.attempts_of(run_id)
     if attempts:
         return attempts[-1].status
-    told = [trial for trial in state.trials.values() if run_id in trial.runs.values() and trial.value is not None]
-    return protocol.COMPLETE if told else None
+    return protocol.COMPLETE if store.is_complete(run_id) else None
 
 
 def _seconds_left(study: Study, state: StudyState, running: tuple[RunningRun, ...], to_go: int) -> float | None:

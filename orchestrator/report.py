@@ -180,16 +180,20 @@ def _importance(evidence: Evidence) -> dict[str, float]:
 
 
 def sizes_of(home: Home, evidence: Evidence) -> dict[str, dict[str, int]]:
-    """Bytes by group of the arms' model files, by run; nothing where there are none, or no trainer to read them."""
-    runs = [home.run(run.run_id) for arm in evidence.arms for run in arm.runs]
-    folders = [str(run.root) for run in runs if run.artifact.is_file()]
-    if not folders:
+    """Bytes by group of the arms' model files, by run; nothing where there are none, or no trainer to read them.
+
+    Runs that hold the same file, as those of a design do that score one model in several ways, have it read once.
+    """
+    runs = [run for arm in evidence.arms for run in arm.runs if run.result and home.run(run.run_id).artifact.is_file()]
+    hashes = {run.run_id: run.result.artifact_sha256 or run.run_id for run in runs if run.result}
+    readers = {sha256: run_id for run_id, sha256 in reversed(hashes.items())}
+    if not readers:
         return {}
     try:
-        found: dict[str, dict[str, int]] = ask_trainer(["sizes", *folders])["sizes"]
+        found = ask_trainer(["sizes", *(str(home.run(run_id).root) for run_id in readers.values())])["sizes"]
     except CaddieError:  # a machine without torch: the report shows code and model
         return {}
-    return found
+    return {run_id: found[readers[sha256]] for run_id, sha256 in hashes.items() if readers[sha256] in found}
 
 
 # ── what is compared ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -78,6 +78,8 @@ class RunStore:
 
     def __init__(self, home: Home) -> None:
         self.home = home
+        self._complete: set[str] = set()
+        """Runs that were seen to be complete: they stay so."""
 
     def plan(self, request: RunRequest, *, bundle: bytes, code: dict[str, str]) -> RunDir:
         """Write the spec, the bundle and the source of a run, unless it was asked for before. Raises StorageError."""
@@ -114,6 +116,15 @@ class RunStore:
         complete = [result for result in results if result.status == protocol.COMPLETE]
         found = complete or results
         return found[-1] if found else None
+
+    def is_complete(self, run_id: str) -> bool:
+        """Whether the run has a complete result, which is read once."""
+        if run_id not in self._complete:
+            result = self.result(run_id)
+            if result is None or result.status != protocol.COMPLETE:
+                return False
+            self._complete.add(run_id)
+        return True
 
     def state(self, run_id: str) -> str:
         """planned, queued, running, or the status of the result."""

@@ -21,7 +21,7 @@ def ranks(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_both_processes_end_every_chunk_with_the_same_weights():
     done = ranks("--preset", "smoke", "--repeats", "1", "--set", "ttt.chunk_tokens=256")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     hashes = re.findall(r"equal on 2, ([0-9a-f]{16})", done.stdout)
     assert len(hashes) == 4 and len(set(hashes)) == 4, done.stdout  # after the steps, and after each of three chunks
     efficiencies = re.findall(r"^\| [68] \| .* \| ([0-9.]+)% \|$", done.stdout, re.MULTILINE)

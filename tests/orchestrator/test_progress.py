@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from make_study import Maker, make_record, make_study, sampled_params, search, with_event_line
+from make_study import Maker, make_record, make_study, result_of, sampled_params, search, with_event_line
 from rich.console import Console
 
 from orchestrator import ledger
@@ -101,11 +101,13 @@ def test_only_the_end_of_a_long_event_file_is_read_and_damage_is_forgiven(tmp_pa
     assert look(home)[1].running[0].step == 999
 
 
-def test_a_run_answered_from_the_store_counts_as_complete(tmp_path):
+def test_runs_that_another_study_has_completed_count_from_the_start(tmp_path):
     maker = Maker(tmp_path)
-    maker.ask_trial(0, sampled_params(maker.study, 0))
-    maker.tell(0, ledger.COMPLETE, value=2.0)
-    assert look(maker.home)[1].complete == 1
+    asked = maker.ask_trial(0, sampled_params(maker.study, 0)) | maker.ask_arm("preset", 0, {}, (42, 314))
+    assert look(maker.home)[1].complete == 0
+    for run in (asked[1], asked[42]):
+        protocol.write_result(run.attempt(1).result, result_of(run, 1))
+    assert look(maker.home)[1].complete == 2
 
 
 @pytest.mark.parametrize(
