@@ -2,7 +2,7 @@
 
     python -m benchmarks.fidelity PATH/train_gpt.py PRESET [--env NAME=VALUE...] [--tokens N] [--steps N]
 
-The script is imported, not run: its `Hyperparameters`, `GPT` and `Optimizers` are used as they stand, with the environment
+The script is imported, not run (what stands outside of its functions runs, so take one that you would run): its `Hyperparameters`, `GPT` and `Optimizers` are used as they stand, with the environment
 variables of `--env`, on the processor and in float32. Both networks get the script's initial weights, then the same with noise on
 all of them (so that the zeros at the start hide nothing), then the same batches; what is printed is by how much losses, gradients
 and weights differ, and by how much the script differs from itself where only the rounding changes. It knows the names of weights that the scripts from #1218 on share, and says which it does not know.
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from orchestrator.presets import load_preset
 from trainer.config import Config
 from trainer.distributed import World
+from trainer.errors import CaddieError
 from trainer.model import Model
 from trainer.optim import Optimizers
 from trainer.schedule import muon_momentum
@@ -58,6 +59,8 @@ PLATEAU = 1.0  # factor of the learning rate before the warm-down
 
 def imported(script: Path, variables: dict[str, str]) -> ModuleType:
     """The script as a module that read these variables; PyTorch's attention stands in for FlashAttention."""
+    if not script.is_file():
+        sys.exit(f"error: {script}: there is no such file")
     os.environ.update(variables)
     sys.path.insert(0, str(SHIMS))
     spec = importlib.util.spec_from_file_location("public_script", script)
@@ -67,7 +70,7 @@ def imported(script: Path, variables: dict[str, str]) -> ModuleType:
     spec.loader.exec_module(module)
     for name in ("Hyperparameters", "GPT"):
         if not hasattr(module, name):
-            sys.exit(f"error: {script}: it has no class {name}; a wrapped script has to be unpacked first")
+            sys.exit(f"error: {script}: it has no class {name}")
     return module
 
 
@@ -239,8 +242,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="sequences of a batch")
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
+    if wrong := [one for one in options.env if "=" not in one]:
+        parser.error(f"--env {wrong[0]}: must be NAME=VALUE")
+    try:
+        config = load_preset(options.preset)
+    except CaddieError as error:
+        parser.error(f"{error}; {error.hint}")
     module = imported(options.script, dict(one.split("=", 1) for one in options.env))
-    config = load_preset(options.preset)
     for line in compare(module, config, tokens=options.tokens, rows=options.rows, steps=options.steps):
         print(line, flush=True)
 

@@ -175,6 +175,8 @@ def test_a_script_without_the_classes_is_refused(tmp_path):
     path.write_text("print = None\n")
     with pytest.raises(SystemExit, match="it has no class Hyperparameters"):
         imported(path, {})
+    with pytest.raises(SystemExit, match="there is no such file"):
+        imported(tmp_path / "other.py", {})
 
 
 def test_every_pattern_names_a_weight_of_ours():
