@@ -2,10 +2,15 @@
 
     python -m benchmarks.fidelity PATH/train_gpt.py PRESET [--env NAME=VALUE...] [--tokens N] [--steps N]
 
-The script is imported, not run (what stands outside of its functions runs, so take one that you would run): its `Hyperparameters`, `GPT` and `Optimizers` are used as they stand, with the environment
-variables of `--env`, on the processor and in float32. Both networks get the script's initial weights, then the same with noise on
-all of them (so that the zeros at the start hide nothing), then the same batches; what is printed is by how much losses, gradients
-and weights differ, and by how much the script differs from itself where only the rounding changes. It knows the names of weights that the scripts from #1218 on share, and says which it does not know.
+The script is imported, not run (what stands outside of its functions runs, so take one that you would run): its
+`Hyperparameters`, `GPT` and `Optimizers` are used as they stand, with the environment variables of `--env`, on the processor and
+in float32. Both networks get the script's initial weights, then the same with noise on all of them (so that the zeros at the start
+hide nothing), then the same batches. What is printed is by how much losses, gradients and weights differ, and by how much the
+script differs from itself where only the rounding changes. It knows the names of weights that the scripts from #1218 on share, and
+says which it does not know.
+
+The scripts rotate queries and keys the other way round than ours do. That is the same network with the sign of some of their rows
+turned, and the weights are compared so.
 """
 
 from __future__ import annotations
