@@ -25,6 +25,7 @@ from trainer.config import Config, from_mapping, knob_value, with_knobs
 from trainer.data import Dataset
 from trainer.evaluate import Adapter, Scorer, Stream, evaluate, plan_windows
 from trainer.gptq import Quantized
+from trainer.main import build_model
 from trainer.model import Model
 from trainer.protocol import WEIGHTS, AttemptDir, DataDir, Result, RunDir, read_lines, read_result, read_spec, sha256_of
 from trainer.quantize import fisher_steps
@@ -156,8 +157,14 @@ class Finished:
         return self._loss(scorer, stride=stride, chunk_tokens=self.stream.positions)
 
     def adapted_loss(self) -> float:
-        """The same by the stored weights, which learn from each chunk after its score."""
-        config, model = self.config, self.model(self.file.state())
+        """The same by the stored weights, which learn from each chunk after its score.
+
+        Compiled as the run's were, on one core as it had: learning by SGD may amplify the rounding of other sums a thousandfold.
+        """
+        torch.set_num_threads(1)
+        config, model = self.config, build_model(self.config, ALONE)
+        model.load_state_dict(self.file.state())
+        model.eval()
         adapter = ChunkAdapter(
             model, self.stream, config=config.ttt, length=config.evaluation.sequence_length, recurrent=self.recurrent,
             world=ALONE,
