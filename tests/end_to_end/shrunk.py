@@ -161,7 +161,6 @@ class Finished:
 
         Compiled as the run's were, on one core as it had: learning by SGD may amplify the rounding of other sums a thousandfold.
         """
-        torch.set_num_threads(1)
         config, model = self.config, build_model(self.config, ALONE)
         model.load_state_dict(self.file.state())
         model.eval()

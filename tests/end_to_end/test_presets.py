@@ -41,11 +41,14 @@ LOGGED = 0.5e-4  # by which the grid's factor lies beside the four digits of it 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One core a run, and one compile cache for all, as a user may have it: the presets share most graphs."""
+    """One core a run, and here, and one compile cache for all, as a user may have it: the presets share most graphs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         patch.setenv(THREADS, "1")
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=list(ORDERS))
@@ -306,6 +309,7 @@ def chunk_losses(finished: Finished, stage: str) -> list[float]:
     return [event["nats"] / event["tokens"] for event in scored]
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by the compiler itself
 def test_it_learns_from_each_chunk_after_its_score_where_it_adapts(finished: Finished) -> None:
     config, result = finished.config.ttt, finished.result
     if config.method == "off":
