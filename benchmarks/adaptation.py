@@ -7,8 +7,8 @@ Each RUN is a run directory with its final weights, usually one a seed. Every qu
 quantile grid and without a cap; every way of learning starts from the same rounded model and is scored by the configuration's
 protocol, each chunk before it is learned from. `before` learns from the validation text *before* rounding, against the
 rules of the challenge (condition 3): it is here because a public table has it. Prints a page in Markdown. With `--scores` every
-score is appended to that file as well, and the contrasts at the end are of all scores in it: seeds may be measured on
-several GPUs, one process each.
+score is appended to that file as well, what it has already is not measured again, and the contrasts at the end are of all
+scores in it: seeds and roundings may be measured on several GPUs or side by side on one, one process each.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.quantization import UNLIMITED, Bench
+from benchmarks.quantization import Bench
 from orchestrator.cells import as_markdown
 from orchestrator.factors import Factor
 from orchestrator.interactions import KINDS, MAIN, cells_table, contrasts, contrasts_table
 from trainer import artifact, protocol
 from trainer.attention import fastest_kernels
 from trainer.by_document import Documents, evaluate_documents
+from trainer.calibration import Calibration, calibrate
 from trainer.config import Config, TTTConfig, with_knobs
 from trainer.data import BOS
 from trainer.evaluate import Evaluation, plan_windows
@@ -37,7 +38,8 @@ from trainer.evaluate import evaluate as judge
 from trainer.graphs import Recorded
 from trainer.main import build_model
 from trainer.model import Model
-from trainer.quantize import corrected
+from trainer.quantize import corrected, quantize
+from trainer.train import order_seed
 from trainer.ttt import ChunkAdapter, DocumentAdapter
 
 ROUNDINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -66,6 +68,16 @@ class Learner(Bench):
         self.seed = protocol.read_spec(run.spec).seed
         self.compiled: Config = with_knobs(self.config, {"runtime.compile": True})
         self.kept: dict[TTTConfig, dict[str, torch.Tensor]] = {}
+        self.found = self.moments(self.state)
+
+    def moments(self, state: dict[str, torch.Tensor]) -> Calibration:
+        """What GPTQ has to know of these weights."""
+        self.model.load_state_dict(state)
+        config = with_knobs(self.config, {"quant.method": "gptq", "quant.grid": "quantile"})
+        order = order_seed(config, self.seed)
+        return calibrate(
+            self.model, self.dataset, config=config, order_seed=order, recurrent=self.recurrent, world=self.world
+        )
 
     def fresh(self, state: dict[str, torch.Tensor], *, compiles: bool = True) -> Model:
         model = build_model(self.compiled, self.world, compiles=compiles)
@@ -107,12 +119,13 @@ class Learner(Bench):
         return plain, evaluate_documents(Recorded(model.nats, is_pure=True), documents, adapter=adapter).bpb
 
     def rounded(self, state: dict[str, torch.Tensor], knobs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """What a reader of the model file has of these weights."""
-        self.model.load_state_dict(state)
-        found, _ = self.calibrated()
+        """What a reader of the model file has of these weights; the file itself is exact, and is not written."""
         quant = dataclasses.replace(self.config.quant, grid="quantile", **knobs)
-        result, _ = self.fitted(found, quant, UNLIMITED)
-        return corrected(artifact.load(result.packed, str(knobs)).state())
+        found = Calibration()
+        if quant.method == "gptq":
+            found = self.found if state is self.state else self.moments(state)
+        self.model.load_state_dict(state)
+        return corrected(artifact.ModelFile({}, quantize(self.model, found, quant).tensors).state())
 
     def learned(self, ttt: TTTConfig) -> dict[str, torch.Tensor]:
         """The weights after learning from the whole split, before any rounding; learned once for all roundings."""
@@ -149,15 +162,22 @@ HEAD = """| seed | rounding | learning | BPB | gain, mBPB | seconds |
 |---|---|---|---|---|---|"""
 
 
-def rows(bench: Learner, roundings: list[str], ways: list[str]) -> Iterator[Row]:
-    """Every rounding, without learning and with every way of it."""
+def rows(bench: Learner, roundings: list[str], ways: list[str], known: Mapping[tuple[str, str], Row]) -> Iterator[Row]:
+    """Every rounding, without learning and with every way of it, but for the cells that are known."""
     for rounding in roundings:
+        wanted = [way for way in ways if (rounding, way) not in known]
+        if not wanted and (rounding, NONE) in known:
+            continue
         knobs = ROUNDINGS[rounding][1]
         state = bench.rounded(bench.state, knobs)
-        plain = bench.judged(bench.fresh(state)).score
-        yield Row(bench.seed, rounding, NONE, plain.bpb, plain.bpb, plain.seconds)
-        for way in ways:
-            ttt, against = dataclasses.replace(bench.config.ttt, **WAYS[way][1]), plain.bpb
+        if (rounding, NONE) in known:
+            plain = known[rounding, NONE].bpb
+        else:
+            score = bench.judged(bench.fresh(state)).score
+            plain = score.bpb
+            yield Row(bench.seed, rounding, NONE, plain, plain, score.seconds)
+        for way in wanted:
+            ttt, against = dataclasses.replace(bench.config.ttt, **WAYS[way][1]), plain
             started = time.perf_counter()
             if way == "before":
                 found = bench.judged(bench.fresh(bench.rounded(bench.learned(ttt), knobs))).score.bpb
@@ -171,7 +191,10 @@ def rows(bench: Learner, roundings: list[str], ways: list[str]) -> Iterator[Row]
 def summary(found: list[Row]) -> Iterator[str]:
     """Cells and contrasts over the seeds. Learning by documents is left out: it is scored by another protocol."""
     kept = [row for row in found if row.way != "document"]
-    levels = [tuple(dict.fromkeys(getattr(row, name) for row in kept)) for name in ("rounding", "way")]
+    levels = [
+        tuple(level for level in named if any(getattr(row, name) == level for row in kept))
+        for name, named in (("rounding", ROUNDINGS), ("way", (NONE, *WAYS)))
+    ]
     factors = [
         Factor(name=name, levels={level: {} for level in found})
         for name, found in zip(("rounding", "learning"), levels, strict=True)
@@ -193,20 +216,26 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--scores", type=Path, metavar="FILE", help="keep every score here, as JSON lines")
     options = parser.parse_args()
-    found = []
+    found = scores_in(options.scores)
+    if not options.runs and not found:
+        parser.error("name a RUN, or --scores FILE with scores of earlier ones")
     with fastest_kernels():
         print(HEAD)
         for run in options.runs:
             bench = Learner(protocol.RunDir(run), options.data, options.positions)
-            for row in rows(bench, options.roundings.split(","), options.ways.split(",")):
+            known = {(row.rounding, row.way): row for row in found if row.seed == bench.seed}
+            for row in rows(bench, options.roundings.split(","), options.ways.split(","), known):
                 found.append(row)
                 print(row, flush=True)
                 if options.scores:
                     with options.scores.open("a") as file:
                         file.write(json.dumps(dataclasses.asdict(row)) + "\n")
-    if options.scores:
-        found = [Row(**json.loads(line)) for line in options.scores.read_text().splitlines()]
-    print("\n".join(summary(found)))
+    print("\n".join(summary(scores_in(options.scores) or found)))
+
+
+def scores_in(file: Path | None) -> list[Row]:
+    """What has been measured so far, by this process and others."""
+    return [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file and file.exists() else []
 
 
 if __name__ == "__main__":

@@ -69,6 +69,22 @@ def _variables_of(folder: Path) -> dict[str, str]:
     return found | ({TOKENIZER_PATH: str(tokenizers[0])} if len(tokenizers) == 1 else {})
 
 
+def validation_files(data_dir: Path) -> tuple[list[Path], Path] | None:
+    """The validation shards in their order and the tokenizer; None where a folder has several of which a script takes one.
+
+    Raises ProtocolError.
+    """
+    if is_laid_out(data_dir):
+        found = _variables_of(data_dir)
+        if not {DATA_PATH, TOKENIZER_PATH} <= found.keys():
+            return None
+        return sorted(Path(found[DATA_PATH]).glob(VALIDATION_SHARDS)), Path(found[TOKENIZER_PATH])
+    source = DataDir(data_dir)
+    manifest = protocol.read_manifest(source.manifest)
+    shards = manifest.splits[VALIDATION].shards
+    return [source.root / shard.file for shard in shards], source.root / manifest.tokenizer
+
+
 def outline_sha256(folder: Path) -> str:
     """Identity of a folder without a manifest: names and sizes of its files, and what of them decides about scores.
 

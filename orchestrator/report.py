@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import compare, contest, costs, interactions, interleave, repeat, replicates, variance
+from orchestrator import byte_counts, compare, contest, costs, interactions, interleave, repeat, replicates, variance
 from orchestrator.arms import find_arm, study_arm
+from orchestrator.byte_counts import ByteCount
 from orchestrator.cells import Table, as_markdown, as_text, bpb, params_text, probability, signed
 from orchestrator.charts import Chart, charts
 from orchestrator.checks import FAILED
@@ -81,6 +82,9 @@ class Report:
     """Of a sequential confirmation; None for every other study."""
 
     costs: Costs
+    counts: tuple[ByteCount, ...]
+    """Of the scores of somebody else's script; empty for every other study."""
+
     ladder: Ladder | None
     """The rungs that the study is one of; None for every other study."""
 
@@ -112,21 +116,27 @@ def write_report(home: Home, study_name: str, *, against: str | None = None, gat
     family, misfits = families(home, [run.run_id for arm in evidence.arms for run in arm.runs])
     comparison = comparison_of(home, evidence, family, against=against, gates=gates)
     sizes, blocks = sizes_of(home, evidence), interleave.blocks(home, evidence)
+    counts = byte_counts.byte_counts(home, evidence)
     folder = home.study(study_name)
     weaknesses = [*warnings(evidence), *interleave.warnings(evidence, blocks)]
     weaknesses += _family_warnings(home, evidence, family, comparison)
+    weaknesses += [count.problem for count in counts if count.problem]
     own_claim = interleave.claim(evidence, blocks) if blocks else claim(evidence)
     race, spent = contest.contest(home, evidence), costs.costs_of(home, evidence)
     own_claim = _with_race(own_claim, race, evidence)
     design, rungs = design_tables(evidence), ladder_of(home, evidence)
     report = Report(
-        evidence=evidence, comparison=comparison, blocks=blocks, contest=race, costs=spent, ladder=rungs, family=tuple(family),
+        evidence=evidence, comparison=comparison, blocks=blocks, contest=race, costs=spent, counts=tuple(counts),
+        ladder=rungs, family=tuple(family),
         claim=" ".join([own_claim, *_against(comparison, against)]),
         weaknesses=tuple(dict.fromkeys(weaknesses)),
         damage=tuple(dict.fromkeys([*evidence.problems, *unreadable, *misfits])),
         tables=(
             *((interleave.table(evidence, blocks),) if blocks else ()), *((contest.table(race),) if race else ()), *design,
-            *all_tables(home, evidence, curves, comparison, family, sizes, ladder=rungs.tables if rungs else ()),
+            *all_tables(
+                home, evidence, curves, comparison, family, sizes, ladder=rungs.tables if rungs else (),
+                counts=byte_counts.table(counts),
+            ),
             *costs_tables(spent),
         ), design=design, repeat=repeat.listing(home, evidence),
         page=folder.report_page, text=folder.report_text, data=folder.report_data, record_csv=folder.record_csv,
@@ -255,7 +265,7 @@ def _family_warnings(
 
 def all_tables(
     home: Home, evidence: Evidence, curves: Sequence[Curve], comparison: Comparison | None, family: Sequence[Relative],
-    sizes: Mapping[str, Mapping[str, int]], *, ladder: Sequence[Table] = (),
+    sizes: Mapping[str, Mapping[str, int]], *, counts: Table, ladder: Sequence[Table] = (),
 ) -> list[Table]:  # fmt: skip
     """Every table of the report, in its order; those without rows are left out."""
     gates_and_tests = comparison_tables(comparison)
@@ -267,6 +277,7 @@ def all_tables(
         *ladder,
         params_table(evidence),
         stages_table(evidence),
+        counts,
         bytes_table(evidence),
         groups_table(evidence, sizes),
         phases_table(evidence),
@@ -445,6 +456,7 @@ def render_text(report: Report) -> str:
     parts = [as_text(table) for table in report.design]
     parts += [as_text(record_table(arm, has_sources=False)) for arm in evidence.arms if not evidence.study.cells]
     parts += [as_text(table) for table in report.tables if report.blocks and table.title == "Blocks"]
+    parts += [as_text(byte_counts.table(report.counts, has_sources=False))] if report.counts else []
     if evidence.study.space:
         parts.append(as_text(params_table(evidence)))
     gates = [f"{gate.state}: {gate.text}" for gate in gate_lines(report.comparison)]
@@ -482,6 +494,7 @@ def as_record(report: Report) -> dict[str, Any]:
         "closed": evidence.state.closed,
         "claim": report.claim,
         "blocks": interleave.as_record(report.blocks),
+        "byte_counts": byte_counts.as_record(report.counts),
         "factorial": interactions.as_record(evidence),
         "noise": variance.as_record(evidence),
         "problems": list(report.problems),

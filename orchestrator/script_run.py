@@ -221,11 +221,12 @@ class ScriptRun:
         steps, train_seconds = log.number("steps") or 0, log.seconds("train_seconds") or 0.0
         code, model = log.number("code_bytes") or len(self.script.content), log.number("model_bytes") or 0
         losses = [point.train_loss for point in log.curve if point.train_loss is not None]
-        artifact_sha256 = self._keep_artifact(model)
+        artifact_sha256, scores = self._keep_artifact(model), dict(scores_of(log))
+        stages = {stage: score.seconds for stage, score in scores.items() if score.seconds}
         return Result(
             run_id=self.run.run_id, attempt=self.files.number, status=protocol.COMPLETE, seed=self.spec.seed, steps=steps,
             tokens=steps * self._batch_tokens(log), train_seconds=train_seconds,
-            phases={"train": train_seconds, **log.phases}, scores=dict(scores_of(log)), bundle_bytes=code,
+            phases={"train": train_seconds, **log.phases, **stages}, scores=scores, bundle_bytes=code,
             model_bytes=model, artifact_bytes=log.number("total_bytes") or (code + model if model else 0),
             cap_bytes=int(self.spec.config["limits"]["artifact_bytes"]), parameters=log.number("parameters") or 0,
             world_size=log.number("world_size") or world_size, device=device,

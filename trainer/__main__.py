@@ -1,5 +1,5 @@
-"""`python -m trainer prepare|adopt|verify-data|audit|sizes`: the heavy part of `caddie data`, `caddie audit` and
-`caddie report`, in the trainer's own process.
+"""`python -m trainer prepare|adopt|verify-data|audit|sizes|target-bytes`: the heavy part of `caddie data`, `caddie audit`
+and `caddie report`, in the trainer's own process.
 
 With `--json` the last line of stdout is one object: the outcome, or an error with its kind and hint.
 """
@@ -50,7 +50,11 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--seed", type=int, required=True, metavar="N", help="of everything that is drawn")
     sizes = commands.add_parser("sizes", help="bytes of runs' model files by group of tensors")
     sizes.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
-    for command in (prepare, adopt, verify, audit, sizes):
+    counted = commands.add_parser("target-bytes", help="bytes of text behind the first targets of validation shards")
+    counted.add_argument("shards", type=Path, nargs="+", metavar="SHARD")
+    counted.add_argument("--tokenizer", type=Path, required=True, metavar="MODEL")
+    counted.add_argument("--targets", type=int, nargs="+", default=[], metavar="N")
+    for command in (prepare, adopt, verify, audit, sizes, counted):
         command.add_argument("--json", action="store_true", help="the outcome as one JSON object on stdout")
     return top
 
@@ -64,6 +68,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         from trainer.sizes import sizes_of
 
         return sizes_of([RunDir(path) for path in arguments.run_dirs])
+    if arguments.command == "target-bytes":
+        from trainer.target_bytes import count
+
+        return count(arguments.shards, arguments.tokenizer, arguments.targets)
     if arguments.command == "verify-data":
         found = verification.verify(arguments.data_dir, say=say, corpus=arguments.corpus, processes=arguments.processes)
         return {"data": str(arguments.data_dir), **dataclasses.asdict(found)}
@@ -125,7 +133,7 @@ def tell(outcome: dict[str, Any]) -> None:
         print(f"error: {outcome['error']}", file=sys.stderr)
         if outcome["hint"]:
             print(f"hint: {outcome['hint']}", file=sys.stderr)
-    elif "probes" in outcome or "sizes" in outcome:
+    elif {"probes", "sizes", "first"} & outcome.keys():
         print(json.dumps(outcome, indent=1))
     elif not outcome.get("problems"):
         print(f"{outcome['data']}: sound" if "problems" in outcome else json.dumps(outcome["splits"]))
