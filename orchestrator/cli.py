@@ -19,7 +19,7 @@ from orchestrator import __version__, datasets, hub
 from orchestrator.assignments import RECORD_SEEDS
 from orchestrator.attempt_commands import demo, replay, run
 from orchestrator.data_commands import data_fetch, data_prepare, data_verify
-from orchestrator.errors import CaddieError
+from orchestrator.errors import CaddieError, MachineError
 from orchestrator.home import Home, default_home
 from orchestrator.record_commands import audit, compare, import_records, package_record, report, review_folder, verify
 from orchestrator.study_commands import study_check, study_enqueue, study_list, study_run, study_status, study_stop
@@ -30,6 +30,7 @@ from trainer.protocol import STAGES, storage_error
 SAMPLE_POSITIONS = 32_768  # a chunk of test-time training in the challenge's configurations
 UI_HOST, UI_PORT = "127.0.0.1", 5000
 USAGE = 2  # as argparse has it
+OWN_PACKAGES = ("orchestrator", "trainer")
 INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + signal, as shells have it
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ESTALE})
 
@@ -509,6 +510,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except CaddieError as error:
         return fail(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in OWN_PACKAGES:
+            raise  # a fault of ours
+        return fail(
+            MachineError(
+                f"{error.name} is not installed in {sys.prefix}, and this command needs it",
+                hint="pip install 'caddie[orchestrator]'; caddie doctor says all that is missing here",
+            )
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

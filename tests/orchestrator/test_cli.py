@@ -518,3 +518,24 @@ def test_the_costs_of_studies_are_told_by_phase(home: Path, capsys: pytest.Captu
     assert caddie(home, "costs", "--json") == 0
     assert json.loads(capsys.readouterr().out)["studies"][0]["study"] == NAME
     assert caddie(home, "costs", "nowhere") == ConfigError.exit_code
+
+
+@pytest.mark.parametrize("missing", ["mlflow", "optuna"])
+def test_a_package_that_is_not_there_is_named_with_its_remedy(tmp_path: Path, missing: str) -> None:
+    """As where only the trainer's packages were installed."""
+    (tmp_path / f"{missing}.py").write_text(f'raise ModuleNotFoundError("No module {missing}", name="{missing}")')
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SHIPPED_STUDIES.parent)])}
+    study = SHIPPED_STUDIES / "wd-qk-ttt-smoke.toml"
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "--home", str(tmp_path / "home"), "study", "run", str(study)],
+        capture_output=True, text=True, env=environment, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 8 and "Traceback" not in done.stderr
+    assert f"error: {missing} is not installed in {sys.prefix}, and this command needs it" in done.stderr
+    assert "hint: pip install 'caddie[orchestrator]'" in done.stderr
+
+
+def test_a_module_of_our_own_that_is_not_there_is_a_fault_and_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_with(monkeypatch, ModuleNotFoundError("No module named 'trainer.nowhere'", name="trainer.nowhere"))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main([])
