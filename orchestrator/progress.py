@@ -29,6 +29,9 @@ TAIL_BYTES = 8192
 HEARTBEAT_SECONDS = 30.0
 """Longest silence of the plain form."""
 
+MOST_TOLD = 3
+"""Running runs that a heartbeat tells of."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunningRun:
@@ -42,6 +45,8 @@ class RunningRun:
 
     step: int
     steps: int
+    """Planned; 0 where only the log of somebody else's script could say."""
+
     loss: float | None
     seconds: float
     """Since its submission."""
@@ -126,7 +131,8 @@ def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt,
     phase, step, loss = "queued", 0, None
     for event in tail_events(store.home.run(attempt.run_id).attempt(attempt.number)):
         if event.get("kind") == PHASE:
-            phase = str(event.get("name", phase))
+            name = str(event.get("name", phase))
+            phase = f"after {name}" if event.get("state") == "end" else name
         elif event.get("kind") == METRIC:
             values = event.get("values", {})
             if TRAIN_LOSS in values:  # the steps of other metrics are not the optimiser's
@@ -135,8 +141,8 @@ def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt,
         else:
             phase = "start" if phase == "queued" else phase
     return RunningRun(
-        owner=owner, seed=seed, run_id=attempt.run_id, phase=phase, step=step, steps=study.config.schedule.steps, loss=loss,
-        seconds=max(0.0, now - attempt.submitted),
+        owner=owner, seed=seed, run_id=attempt.run_id, phase=phase, step=step,
+        steps=0 if study.script else study.config.schedule.steps, loss=loss, seconds=max(0.0, now - attempt.submitted),
     )  # fmt: skip
 
 
@@ -197,6 +203,19 @@ def summary_text(study: Study, now: Snapshot) -> str:
     return f"{study.name}: " + ", ".join(parts)
 
 
+def running_text(run: RunningRun) -> str:
+    """What one run does: `arm preset, seed 42: train, step 40 of 80, loss 4.7632, 3 min 05 s`."""
+    seed = "" if run.seed is None else f", seed {run.seed}"
+    step = [f"step {steps_text(run)}"] if run.step else []
+    loss = [] if run.loss is None else [f"loss {run.loss:.4f}"]
+    return f"{run.owner}{seed}: " + ", ".join([run.phase, *step, *loss, duration_text(run.seconds)])
+
+
+def steps_text(run: RunningRun) -> str:
+    """The step, of how many where that is known."""
+    return f"{run.step} of {run.steps}" if run.steps else str(run.step)
+
+
 class Progress:
     """Shows a study on a stream until `close`."""
 
@@ -223,7 +242,7 @@ class Progress:
 
 
 class _PlainLines:
-    """A line for each change, and one for each heartbeat without any."""
+    """A line for each change; a heartbeat without any says what the first runs do."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -236,7 +255,8 @@ class _PlainLines:
     def show(self, study: Study, state: StudyState, now: Snapshot) -> None:
         lines = [*self._news(state)]
         if lines or time.monotonic() - self._spoken >= HEARTBEAT_SECONDS:
-            for line in [*lines, summary_text(study, now)]:
+            silent = [] if lines else [running_text(run) for run in now.running[:MOST_TOLD]]
+            for line in [*lines, *silent, summary_text(study, now)]:
                 self.note(line)
 
     def _news(self, state: StudyState) -> Iterator[str]:
@@ -300,7 +320,7 @@ def render(study: Study, now: Snapshot) -> Group:
     for run in now.running:
         loss = "–" if run.loss is None else f"{run.loss:.4f}"
         seed = "–" if run.seed is None else str(run.seed)
-        table.add_row(run.owner, seed, run.phase, f"{run.step} of {run.steps}", loss, duration_text(run.seconds))
+        table.add_row(run.owner, seed, run.phase, steps_text(run), loss, duration_text(run.seconds))
     best = now.best
     lines = (
         [Text(f"best so far: trial {best.number}, {best.value:.5f}  ({_params(best.params)})", style="green")]

@@ -25,6 +25,7 @@ from trainer import protocol
 from trainer.protocol import (
     ELAPSED_FRAC,
     METRIC,
+    PHASE,
     STAGES,
     START,
     TOKENS_PER_SECOND,
@@ -68,6 +69,9 @@ class ScriptRun:
         self.warnings: list[dict[str, object]] = []
         self._told = 0
         """Points of the curve that are in the events."""
+
+        self._scored = 0
+        """Scores of the log that are."""
 
         self._size = -1
         """Bytes of all logs when they were last read."""
@@ -144,6 +148,9 @@ class ScriptRun:
         for point in log.curve[self._told :] if log else ():
             self._tell(log, point)
             self._told += 1
+        for line in log.scores[self._scored :] if log else ():
+            self.events.emit(PHASE, name=line.stage, state="end", seconds=line.seconds or 0.0)
+            self._scored += 1
 
     def _logs(self) -> Iterator[Path]:
         """What may be the script's log: what it says, and the texts that it writes."""

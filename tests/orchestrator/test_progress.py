@@ -10,9 +10,11 @@ from orchestrator.progress import (
     HEARTBEAT_SECONDS,
     TAIL_BYTES,
     Progress,
+    RunningRun,
     _PlainLines,
     duration_text,
     render,
+    running_text,
     runs_asked,
     snapshot,
     summary_text,
@@ -168,8 +170,8 @@ def test_plain_lines_tell_why_a_run_failed_and_that_the_study_ended(tmp_path):
 
 
 def test_plain_lines_have_a_heartbeat(tmp_path, monkeypatch):
-    study, now = look(make_study(tmp_path))
-    _, state = read_study(make_study(tmp_path / "again"), NAME)
+    study, now = look(make_study(tmp_path, stage="search"))
+    _, state = read_study(make_study(tmp_path / "again", stage="search"), NAME)
     stream, clock = io.StringIO(), [1000.0]
     monkeypatch.setattr("orchestrator.progress.time.monotonic", lambda: clock[0])
     lines = _PlainLines(stream)
@@ -180,7 +182,16 @@ def test_plain_lines_have_a_heartbeat(tmp_path, monkeypatch):
     assert stream.getvalue() == spoken
     clock[0] += 1
     lines.show(study, state, now)
-    assert stream.getvalue() == spoken + summary_text(study, now) + "\n"
+    told = stream.getvalue().removeprefix(spoken).splitlines()
+    assert told == [*map(running_text, now.running), summary_text(study, now)]
+    assert told[0].startswith("trial 6, seed 1: train, step 40 of 120, loss ")
+
+
+def test_a_script_has_the_step_of_its_log_and_no_plan():
+    run = RunningRun(
+        owner="arm preset", seed=42, run_id="a", phase="after sliding", step=40, steps=0, loss=4.76321, seconds=185.0
+    )
+    assert running_text(run) == "arm preset, seed 42: after sliding, step 40, loss 4.7632, 3 min 05 s"
 
 
 def test_a_note_is_a_line_of_its_own(tmp_path):

@@ -25,6 +25,7 @@ from trainer.protocol import (
     FAILED,
     METRIC,
     NOT_FINITE,
+    PHASE,
     START,
     STOPPED,
     TRAIN_LOSS,
@@ -66,6 +67,10 @@ def test_a_script_of_each_family_becomes_a_run_with_its_scores(tmp_path, family,
     assert [event["step"] for event in events(run, METRIC) if TRAIN_LOSS in event["values"]][-1] == 200
     assert events(run, START)[0]["seed"] == 42
     assert not events(run, WARNING)
+    told = [(event["name"], event["seconds"]) for event in events(run, PHASE)]
+    assert {name for name, _ in told} == stages, "each evaluation is told when it has ended"
+    timed = {name: seconds for name, seconds in told if seconds}
+    assert timed and timed == {name: seconds for name, seconds in result.phases.items() if name in protocol.STAGES}
 
 
 def test_a_scores_sums_are_those_that_its_two_values_imply(tmp_path: Path) -> None:
