@@ -64,7 +64,7 @@ class RunEvidence:
     """Path of that verdict under CADDIE_HOME; empty without one."""
 
     warned: tuple[str, ...] = ()
-    """What the trainer warned of in the deciding attempt, for an arm's runs; a warning's name and values."""
+    """What is to be known of the deciding attempt, for an arm's runs, each in words that follow a colon."""
 
     lines: Mapping[str, int] = field(default_factory=dict)
     """Line of each value in the source, by its JSON pointer."""
@@ -373,8 +373,7 @@ class _Reader:
             found += [began] if began else []
             for _, event in self.store.events(attempt) if attempt else ():
                 if event.get("kind") == WARNING:
-                    values = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("kind", "t", "name"))
-                    found.append(f"{event.get('name')} ({values})" if values else str(event.get("name")))
+                    found.append(_warning_text(event))
         except CaddieError as error:
             self.problems[str(error)] = None
         return tuple(found)
@@ -475,6 +474,14 @@ def _read_curve(run: RunEvidence, store: RunStore, attempt: AttemptDir) -> tuple
     except (CaddieError, KeyError, OSError) as error:
         tokens, problem = 0, problem or str(error)
     return Curve(run=run, steps=steps, train_seconds=seconds, losses=losses, tokens_per_step=tokens), problem
+
+
+def _warning_text(event: Mapping[str, Any]) -> str:
+    """A warning in its own words; of one that has none, its name and values."""
+    if "says" in event:
+        return str(event["says"])
+    values = ", ".join(f"{key} {value}" for key, value in event.items() if key not in ("kind", "t", "name"))
+    return f"the trainer warned of {event.get('name')}" + (f" ({values})" if values else "")
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -423,17 +423,15 @@ def warnings(evidence: Evidence) -> list[str]:
             if run.audited == FAILED
         ]
         if not evidence.study.cells:
-            found += [
-                f"{arm.name}, seed {run.seed}: the trainer warned of {text}." for run in arm.runs for text in run.warned
-            ]
+            found += [f"{arm.name}, seed {run.seed}: {text.rstrip('.')}." for run in arm.runs for text in run.warned]
     return [*found, *_warned_cells(evidence)]
 
 
 def _warned_cells(evidence: Evidence) -> list[str]:
-    """The trainer's warnings over all runs of a design, by name: each run's own would bury what matters."""
+    """What is to be known of the runs of a design, without its values: each run's own would bury what matters."""
     runs = [run for arm in evidence.arms for run in arm.runs] if evidence.study.cells else []
-    counts = Counter(name for run in runs for name in {text.partition(" (")[0] for text in run.warned})
-    return [f"The trainer warned of {name} in {count} of {len(runs)} runs." for name, count in counts.items()]
+    counts = Counter(text for run in runs for text in {text.partition(" (")[0] for text in run.warned})
+    return [f"In {count} of {len(runs)} runs {text}." for text, count in counts.items()]
 
 
 def _is_over_cap(run: RunEvidence) -> bool:

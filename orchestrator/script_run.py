@@ -118,12 +118,14 @@ class ScriptRun:
             return  # the script itself says best what is wrong with its interpreter
         if asked.returncode:
             self._warn(
-                "stand_in", of=FLASH_ATTENTION, by="PyTorch's attention: the same values up to rounding, and slower"
+                "stand_in",
+                f"{FLASH_ATTENTION} is not installed; PyTorch's attention stood in for it: the same values up to rounding, and slower",
+                of=FLASH_ATTENTION,
             )
             yield str(FLASH_ATTENTION_SHIM)
 
-    def _warn(self, name: str, **values: object) -> None:
-        self.warnings.append({"name": name, **values})
+    def _warn(self, name: str, says: str, **values: object) -> None:
+        self.warnings.append({"name": name, "says": says, **values})
 
     # ------------------------------------------------------------------------------------------------ its log
 
@@ -264,32 +266,42 @@ class ScriptRun:
         """Warn of what was asked for and is not what was run."""
         seed = log.number("seed")
         if seed is not None and seed != self.spec.seed:
-            self._warn("other_seed", asked=self.spec.seed, logged=seed)
+            self._warn(
+                "other_seed", f"seed {self.spec.seed} was asked for, the script's log has seed {seed}",
+                asked=self.spec.seed, logged=seed,
+            )  # fmt: skip
         self._compare_reads()
         for name, text in self.asked.items():
             lookup = self.script.lookup(name)
             logged = log.settings.get(lookup.setting) if lookup and lookup.setting else None
             if logged is not None and not is_same(text, logged):
+                setting = f"{lookup.setting if lookup else ''} {logged}"
                 self._warn(
-                    "other_setting", variable=name, asked=text, logged=f"{lookup.setting if lookup else ''} {logged}"
-                )
+                    "other_setting", f"{name} was set to {text}, the script's log has {setting}",
+                    variable=name, asked=text, logged=setting,
+                )  # fmt: skip
         for line, label in log.unknown:
-            self._warn("unknown_label", line=line, label=label)
+            self._warn(
+                "unknown_label", f"what the score {label!r} in line {line} of its log means is not known",
+                line=line, label=label,
+            )  # fmt: skip
         for note in log.notes:
-            self._warn("log", says=note)
+            self._warn("log", note)
 
     def _compare_reads(self) -> None:
         try:
             trace = read_trace.read_trace(self.files.reads)
         except (CaddieError, OSError) as error:
-            self._warn("no_read_trace", because=str(error))
+            self._warn(
+                "no_read_trace", f"which variables the script looked at is not known: {error}", because=str(error)
+            )
             return
         if trace.is_empty:
-            self._warn("no_read_trace", because="the script's process left none")
+            self._warn("no_read_trace", "which variables the script looked at is not known: its process left no trace")
             return
         for name in (SEED, *self.asked):
             if name not in trace.names:
-                self._warn("unread_variable", variable=name)
+                self._warn("unread_variable", f"the script never looked at {name}, which was set for it", variable=name)
 
 
 def scores_of(log: LoggedRun) -> Iterator[tuple[str, Score]]:
