@@ -53,6 +53,7 @@ NODE_SECONDS = 20.0
 FULL_SECONDS = 3.0
 DISK_BYTES = 2**29
 CONTROLLER_PAUSE = 0.5
+CALM_FROM = 0.6  # part of the limit after which nothing more is killed
 MOST_EXITS = 50  # of the same error: it is no fault of ours then
 
 LYING_SBATCH = """#!/bin/sh
@@ -131,9 +132,12 @@ class Harness:
     """What comes back, and when; monotonic."""
 
     def run(self, every: float, until: float) -> None:
-        """Work until the study is finished, with a fault every so many seconds."""
+        """Work until the study is finished, with a fault every so many seconds, but for the last part of the time.
+
+        Where controllers take longer to start than they live, nothing is done, and nothing is to be learned from it.
+        """
         next_fault = time.monotonic() + every
-        ends = time.monotonic() + until
+        ends, calm = time.monotonic() + until, time.monotonic() + CALM_FROM * until
         self._start()
         while time.monotonic() < ends:
             time.sleep(0.1)
@@ -142,7 +146,7 @@ class Harness:
             for due in [due for due in self._due if time.monotonic() >= due[0]]:
                 self._due.remove(due)
                 due[1]()
-            if every and time.monotonic() >= next_fault:
+            if every and next_fault <= time.monotonic() < calm:
                 next_fault = time.monotonic() + every * self.dice.uniform(0.5, 1.5)
                 self._hurt()
         for _, come_back in self._due:
