@@ -407,7 +407,8 @@ def phases_table(evidence: Evidence) -> Table:
         for run in runs
         if run.result is not None
     )  # fmt: skip
-    note = "Seconds, on one clock from the start of the process." + _undetailed(evidence)
+    clock = "as the script's log tells them" if evidence.study.script else "on one clock from the start of the process"
+    note = f"Seconds, {clock}." + _undetailed(evidence)
     return Table(
         title="Phases",
         columns=("Run of", "Seed", *names, "Source"),

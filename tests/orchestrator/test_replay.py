@@ -62,6 +62,8 @@ def test_a_folder_is_replayed_and_its_claim_is_judged(prepared: Home, record: Pa
     study = prepared.study(only_study(prepared))
     assert json.loads(study.reproduction_data.read_text())["is_comparable"] is True
     assert study.reproduction_text.read_text().startswith("# replay-2026-03-20_made_up-")
+    report = study.report_text.read_text()
+    assert "Seconds, as the script's log tells them." in report and "on one clock" not in report
     specs = [read_spec(prepared.run(run_id).spec) for run_id in RunStore(prepared).ids()]
     assert {spec.seed for spec in specs} == {42, 314, 999} and {spec.config["env"] == {} for spec in specs} == {True}
 
