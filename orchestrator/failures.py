@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import signal
+import tempfile
 from pathlib import Path
 
 from orchestrator.node_check import NodeRefused
@@ -14,6 +15,8 @@ from trainer.protocol import AttemptDir, Failure
 
 TAIL_BYTES = 65_536  # of the log, searched for the cause of a failure
 SHOWN_LINES = 20  # of the log, put into the result
+PROBE_BYTES = 65_536  # written where it is asked whether there is room: more than a result and a traceback take
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|MemoryError|DefaultCPUAllocator", re.IGNORECASE)
 _DISK = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC")
 _NCCL = re.compile(
@@ -58,7 +61,7 @@ def classify(returncode: int, stderr_tail: str, *, timed_out: bool = False) -> s
 def kind_of_error(error: CaddieError | OSError) -> str:
     """The kind of failure of a trainer that could not be started."""
     if isinstance(error, OSError):
-        return protocol.DISK if error.errno in (errno.ENOSPC, errno.EDQUOT) else protocol.INFRASTRUCTURE
+        return protocol.DISK if error.errno in NO_ROOM else protocol.INFRASTRUCTURE
     if isinstance(error, NodeRefused):
         return protocol.NODE
     return _EXIT_KINDS.get(error.exit_code, protocol.CODE)
@@ -73,6 +76,16 @@ def explain(returncode: int, stderr_tail: str) -> str:
     if returncode < 0:
         return f"the trainer was ended by {signal.Signals(-returncode).name}"
     return f"the trainer ended with exit code {returncode} and left no result"
+
+
+def has_room(folder: Path) -> bool:
+    """Whether a little can be written there: what free space is, quotas do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        return error.errno not in NO_ROOM
+    return True
 
 
 def log_tail(path: Path, size: int = TAIL_BYTES) -> str:
@@ -97,7 +110,7 @@ def failure_of_lost(attempt: AttemptDir) -> Failure:
     log = next((log for log in logs if log_tail(log).strip()), attempt.stderr)
     # On a full disk the log says nothing either.
     is_claim_empty = attempt.claim.exists() and not attempt.claim.stat().st_size
-    if is_claim_empty or _DISK.search(log_tail(log)):
+    if is_claim_empty or attempt.no_room.exists() or _DISK.search(log_tail(log)):
         return failure_of(protocol.DISK, "the job ended and left no result: no space was left for one", log)
     message = "the job ended and left no result: its worker was killed, or could not start"
     return failure_of(protocol.INFRASTRUCTURE, message, log)

@@ -25,7 +25,7 @@ from pathlib import Path
 from orchestrator import compile_cache, gauges, node_check
 from orchestrator.allocation import Allocation
 from orchestrator.claims import Claim, beating, claim_for, make_claim, read_claim
-from orchestrator.failures import classify, explain, failure_of, kind_of_error, log_tail
+from orchestrator.failures import classify, explain, failure_of, has_room, kind_of_error, log_tail
 from orchestrator.home import home_of
 from orchestrator.machine import THREADS, describe_environment, describe_machine
 from orchestrator.node_check import Node, NodeRefused, Pace
@@ -33,7 +33,7 @@ from orchestrator.notice import Notice
 from orchestrator.processes import TRAINER_TAG, parent_of, signal_tagged, tagged_processes, trainer_tag
 from orchestrator.script_run import ScriptRun
 from trainer import protocol
-from trainer.errors import CaddieError, ProtocolError
+from trainer.errors import CaddieError, ProtocolError, StorageError
 from trainer.protocol import AttemptDir, Failure, Result, RunDir, Spec
 
 POLL_SECONDS = 0.1
@@ -121,7 +121,16 @@ def carry_out(run: RunDir, attempt: int, order: Order, allocation: Allocation) -
             failure = failure_of(kind_of_error(error), str(error), files.stderr)
             result = None if files.result.exists() else _result(run, files, status=protocol.FAILED, failure=failure)
         if result is not None and run.is_newest(files):
-            protocol.write_result(files.result, result)
+            _leave_result(files, result)
+
+
+def _leave_result(files: AttemptDir, result: Result) -> None:
+    """Write the result; where that fails, an empty file says so: it may be all that a full disk takes."""
+    try:
+        protocol.write_result(files.result, result)
+    except StorageError:
+        files.no_room.touch()
+        raise
 
 
 def _end_earlier(run: RunDir, files: AttemptDir) -> None:
@@ -192,7 +201,10 @@ def _failure(part: Part, returncode: int) -> Failure:
     if part.notice.by is not None:
         return part.notice.failure(part.stderr)
     tail = log_tail(part.stderr)
-    return failure_of(classify(returncode, tail), explain(returncode, tail), part.stderr)
+    kind = classify(returncode, tail)
+    if kind == protocol.CODE and not has_room(part.files.root):  # its log could not take what it said
+        return failure_of(protocol.DISK, f"{part.files.root}: no space left on device", part.stderr)
+    return failure_of(kind, explain(returncode, tail), part.stderr)
 
 
 def _join(run: RunDir, files: AttemptDir, order: Order, allocation: Allocation) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, "@REPOSITORY@")
 
 from trainer import protocol
-from trainer.errors import DataError
+from trainer.errors import DataError, StorageError
 from trainer.protocol import EventLog, Failure, Result, RunDir, Score
 
 STOPPING: list[int] = []
@@ -99,4 +99,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except StorageError as error:
+        sys.exit(error.exit_code)

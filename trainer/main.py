@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def recheck(directory: RunDir, data_dir: Path) -> None:
 def attempt_run(run: Run) -> int:
     """Execute the phases and write the result, whatever happens; returns the exit code.
 
-    An attempt that does not own the run any more leaves no result.
+    An attempt that does not own the run any more leaves no result. Where the disk takes neither the result nor the log,
+    the exit code alone says so.
     """
     status, failure, code = protocol.COMPLETE, None, 0
     try:
@@ -147,11 +149,17 @@ def attempt_run(run: Run) -> int:
     except Exception as error:
         status, failure = protocol.FAILED, describe(error, run.attempt)
         code = getattr(error, "exit_code", 1)
-        traceback.print_exc()
-        if isinstance(error, CaddieError) and error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        with suppress(OSError):
+            traceback.print_exc()
+            if isinstance(error, CaddieError) and error.hint:
+                print(f"hint: {error.hint}", file=sys.stderr)
     if run.world.is_first and run.directory.is_newest(run.attempt):
-        protocol.write_result(run.attempt.result, result_of(run, status, failure))
+        try:
+            protocol.write_result(run.attempt.result, result_of(run, status, failure))
+        except StorageError as error:
+            with suppress(OSError):
+                print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
         if run.config.runtime.resumable and code == 0 and status != protocol.STOPPED:
             run.directory.checkpoint.unlink(missing_ok=True)
     if code == 0:

@@ -127,6 +127,10 @@ class AttemptDir:
         return self.root / "result.json"
 
     @property
+    def no_room(self) -> Path:  # empty, since that takes no room: the worker had a result and could not write it
+        return self.root / "no_room"
+
+    @property
     def stdout(self) -> Path:
         return self.root / "stdout.log"
 

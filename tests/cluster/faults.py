@@ -320,7 +320,7 @@ def account(harness: Harness, wall_seconds: float) -> dict[str, Any]:
         "kind": harness.kind, "trials": harness.trials, "slots": harness.slots, "wall_seconds": round(wall_seconds, 1),
         "faults": dict(Counter(fault.what for fault in harness.faults)), "attempts": len(state.attempts),
         "lost": harness.trials - sum(told[name] for name in ("complete", "failed", "pruned")),
-        "wrongly_failed": told["failed"] + told["pruned"],
+        "wrongly_failed": told["failed"] + told["pruned"], "why": why_failed(state, files),
         "duplicated": duplicated(state, files), "two_live_copies": overlapping(state, files),
         "failures": dict(Counter(attempt.failure for attempt in state.attempts.values() if attempt.failure)),
         "excluded": state.excluded_nodes,
@@ -331,6 +331,28 @@ def account(harness: Harness, wall_seconds: float) -> dict[str, Any]:
 
 
 Files = dict[tuple[str, int], AttemptDir]
+
+
+def why_failed(state: StudyState, files: Files) -> dict[str, list[str]]:
+    """What each attempt of a trial that was called a failure came to, by run."""
+    runs = [
+        run_id
+        for trial in state.trials.values()
+        if trial.state in ("failed", "pruned")
+        for run_id in trial.runs.values()
+    ]
+    return {
+        run_id: [_ending(attempt, files[run_id, attempt.number]) for attempt in state.attempts_of(run_id)]
+        for run_id in runs
+    }
+
+
+def _ending(attempt: Attempt, files: AttemptDir) -> str:
+    try:
+        failure = protocol.read_result(files.result).failure
+    except (CaddieError, OSError) as error:
+        return f"{attempt.status} {attempt.failure}: {error}"
+    return f"{attempt.status} {attempt.failure}" + (f": {failure.message} ({failure.log})" if failure else "")
 
 
 def began(files: AttemptDir) -> float | None:

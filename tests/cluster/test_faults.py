@@ -24,4 +24,4 @@ def test_random_kills_lose_nothing_repeat_nothing_and_fail_nothing(kind: str) ->
     found = json.loads(done.stdout)
     assert sum(found["faults"].values()) > 3
     wrong = {what: found[what] for what in ("lost", "wrongly_failed", "duplicated", "two_live_copies")}
-    assert wrong == dict.fromkeys(wrong, 0), found
+    assert wrong == dict.fromkeys(wrong, 0), done.stdout

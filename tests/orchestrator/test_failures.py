@@ -1,6 +1,10 @@
+import errno
+import os
+import tempfile
+
 import pytest
 
-from orchestrator.failures import classify, explain, failure_of, failure_of_lost, kind_of_error, log_tail
+from orchestrator.failures import classify, explain, failure_of, failure_of_lost, has_room, kind_of_error, log_tail
 from trainer import protocol
 from trainer.errors import CaddieError, StorageError
 from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, NODE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
@@ -81,6 +85,24 @@ def test_an_attempt_that_could_not_write_its_claim_found_the_disk_full(attempt):
     assert (failure.kind, failure.message) == (
         protocol.DISK, "the job ended and left no result: no space was left for one",
     )  # fmt: skip
+
+
+def test_a_result_that_could_not_be_written_found_the_disk_full(attempt):
+    attempt.root.mkdir(parents=True)
+    attempt.claim.write_text("{}")
+    assert failure_of_lost(attempt).kind == INFRASTRUCTURE
+    attempt.no_room.touch()
+    assert failure_of_lost(attempt).kind == DISK
+
+
+@pytest.mark.parametrize(("number", "is_room"), [(errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EMFILE, True)])
+def test_there_is_room_where_a_little_can_be_written(tmp_path, monkeypatch, number, is_room):
+    def refuse(**_):
+        raise OSError(number, os.strerror(number))
+
+    assert has_room(tmp_path) and not list(tmp_path.iterdir())
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert has_room(tmp_path) == is_room
 
 
 def test_a_job_that_died_before_its_claim_says_why_in_the_schedulers_log(attempt):

@@ -19,6 +19,7 @@ from orchestrator.presets import load_preset
 from orchestrator.processes import TRAINER_TAG, tagged_processes, trainer_tag
 from orchestrator.runs import RunRequest, RunStore
 from trainer import protocol
+from trainer.errors import StorageError
 from trainer.protocol import CODE, CONFIG, DATA, DISK, INFRASTRUCTURE, OUT_OF_MEMORY, TIMEOUT  # fmt: skip
 
 
@@ -298,6 +299,22 @@ def test_a_trainer_that_left_no_result_gets_one_that_says_why(run, mode, kind, m
     assert (result.status, result.failure.kind, result.failure.message) == (protocol.FAILED, kind, message)
     assert result.failure.log.startswith(str(run.attempt(1).stderr))
     assert result.seed == 7
+
+
+def test_a_trainer_whose_last_words_found_no_room_says_nothing_of_the_trial(run, monkeypatch):
+    monkeypatch.setattr(worker, "has_room", lambda folder: False)
+    failure = attempt_with(run, "silent").failure
+    assert (failure.kind, failure.message) == (DISK, f"{run.attempt(1).root}: no space left on device")
+
+
+def test_a_result_for_which_there_is_no_room_leaves_an_empty_file(run, monkeypatch):
+    def refuse(path, result):
+        raise protocol.storage_error(OSError(28, "No space left on device"), path)
+
+    monkeypatch.setattr(protocol, "write_result", refuse)
+    with pytest.raises(StorageError, match="No space left on device"):
+        attempt_with(run, "silent")
+    assert run.attempt(1).no_room.stat().st_size == 0 and not run.attempt(1).result.exists()
 
 
 def test_the_trainers_own_result_stands(run):

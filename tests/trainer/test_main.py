@@ -13,6 +13,7 @@ from orchestrator.score_chain import problems
 from tests.trainer.make_data import manifest_in
 from tests.trainer.make_run import execute, metrics_of, micro_config, plan, result_of
 from trainer import artifact, protocol
+from trainer.errors import StorageError
 from trainer.main import LOG_LINES
 from trainer.protocol import WEIGHTS, RunDir, read_lines, read_result, read_spec, sha256_of
 from trainer.quantize import LEFT
@@ -55,6 +56,21 @@ def test_every_score_follows_from_the_chain_of_its_chunks(finished):
     result = result_of(finished[1])
     assert problems([event for _, event in read_lines(finished[1].events)], result) == []
     assert list(result.chains) == list(protocol.STAGES)
+
+
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_where_the_disk_takes_neither_result_nor_log_the_exit_code_says_so(tmp_path, prepared, ends_well):
+    run = plan(tmp_path, prepared, micro_config(schedule__steps=2, evaluation__protocol="flat", ttt__method="off"))
+    attempt = run.attempt(1)
+    (attempt.result / "in the way").mkdir(parents=True)
+    if not ends_well:
+        attempt.events.mkdir()
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, str(run.bundle), str(run.root), "--attempt", "1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=run.root, env=environment, stderr=full, check=False, timeout=300)
+    assert done.returncode == StorageError.exit_code
+    assert run.artifact.exists() == ends_well
 
 
 def test_phases_follow_one_another_on_one_clock(finished):
