@@ -13,7 +13,8 @@ from plotly.graph_objects import Figure as Figure  # the page speaks of figures,
 
 from orchestrator import ledger
 from orchestrator.cells import params_text
-from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Curve, Evidence, RunEvidence
+from orchestrator.evidence import ArmEvidence, Curve, Evidence, RunEvidence
+from orchestrator.ledger import BEST_ARM, PRESET_ARM
 from orchestrator.statistics import CONFIDENCE
 from orchestrator.tables import STAGE_NAMES
 from trainer import protocol

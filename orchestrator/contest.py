@@ -9,8 +9,9 @@ from typing import Any
 
 from orchestrator.arms import find_arm
 from orchestrator.cells import ABSENT, Cell, Table, bpb, signed
-from orchestrator.evidence import BEST_ARM, PRESET_ARM, Evidence
+from orchestrator.evidence import Evidence
 from orchestrator.home import Home
+from orchestrator.ledger import BEST_ARM, PRESET_ARM
 from orchestrator.racing import BETTER, HOPELESS, NOT_BETTER, OPEN, Look, Race, Rules, race, scores_at, seeds_of_looks
 from orchestrator.statistics import Summary
 from orchestrator.study import ConfirmPlan

@@ -13,7 +13,7 @@ from typing import Any
 from orchestrator.errors import CaddieError, ConfigError, ProtocolError
 from orchestrator.findings import recorded_verdict
 from orchestrator.home import Home
-from orchestrator.ledger import Arm, Ledger, StudyState, Trial
+from orchestrator.ledger import BEST_ARM, PRESET_ARM, Arm, Ledger, StudyState, Trial
 from orchestrator.places import lines_of
 from orchestrator.runs import PLANNED, RunStore
 from orchestrator.statistics import Difference, PairedDifference, Summary, difference, paired_difference, summarize
@@ -23,7 +23,6 @@ from orchestrator.study_rules import on_seeds
 from trainer import protocol
 from trainer.protocol import COMPLETE, METRIC, TRAIN_LOSS, WARNING, AttemptDir, Result
 
-PRESET_ARM, BEST_ARM = "preset", "best"
 UNREADABLE = "unreadable"
 """State of a run whose files are damaged."""
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from orchestrator.cells import ABSENT, Cell, Link, Table, bpb, probability, signed
 from orchestrator.claims import read_claim
-from orchestrator.evidence import BEST_ARM, PRESET_ARM, Evidence, RunEvidence
+from orchestrator.evidence import Evidence, RunEvidence
 from orchestrator.footing import throughput
 from orchestrator.home import Home
+from orchestrator.ledger import BEST_ARM, PRESET_ARM
 from orchestrator.statistics import CONFIDENCE, Adjusted, PairedDifference, adjusted_for, paired_difference
 from orchestrator.study import EQUAL, InterleavePlan
 from trainer.protocol import AttemptDir

@@ -21,13 +21,14 @@ from orchestrator.contest import Contest
 from orchestrator.costs import Costs
 from orchestrator.datasets import ask_trainer
 from orchestrator.errors import CaddieError
-from orchestrator.evidence import BEST_ARM, PRESET_ARM, ArmEvidence, Curve, Evidence, RunEvidence, gather, read_curves
+from orchestrator.evidence import ArmEvidence, Curve, Evidence, RunEvidence, gather, read_curves
 from orchestrator.family import Relative, families
 from orchestrator.footing import throughput
 from orchestrator.front import front, front_table, measured
 from orchestrator.gates import Verdict, find_gates
 from orchestrator.home import Home, StudyDir
 from orchestrator.interleave import Block
+from orchestrator.ledger import BEST_ARM, PRESET_ARM
 from orchestrator.page import GateLine, Listing, Section, render_page
 from orchestrator.published import published_split
 from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference, PairedDifference
