@@ -18,9 +18,10 @@ from pathlib import Path
 
 from orchestrator import imports, record_folder
 from orchestrator.errors import ConfigError
-from orchestrator.evidence import BEST_ARM, Evidence, RunEvidence, ScoredArm, SeedScore, gather, run_evidence
+from orchestrator.evidence import Evidence, RunEvidence, ScoredArm, SeedScore, gather, run_evidence
 from orchestrator.family import Relative, families, family_of
 from orchestrator.home import Home
+from orchestrator.ledger import BEST_ARM
 from orchestrator.public_record import scored_arm as scored_arm_of
 from orchestrator.published import find_published
 from orchestrator.runs import find_run

@@ -23,9 +23,10 @@ from orchestrator.cells import as_markdown, params_text
 from orchestrator.checks import FAILED
 from orchestrator.disagreements import LIMITS, README
 from orchestrator.errors import ConfigError
-from orchestrator.evidence import BEST_ARM, ArmEvidence, RunEvidence, gather
+from orchestrator.evidence import ArmEvidence, RunEvidence, gather
 from orchestrator.family import Relative, families
 from orchestrator.home import Home
+from orchestrator.ledger import BEST_ARM
 from orchestrator.log_text import decimals, log_text
 from orchestrator.review import REQUIREMENTS, SEEDS, Evaluated, Review, review, without_hardware
 from orchestrator.runs import PLANNED, RunStore

@@ -19,10 +19,11 @@ from typing import Any
 from orchestrator import imports, record_folder
 from orchestrator.cells import ABSENT, Table, as_markdown, as_text, bpb, seconds, signed, whole
 from orchestrator.errors import ConfigError
-from orchestrator.evidence import BEST_ARM, ArmEvidence, RunEvidence, gather
+from orchestrator.evidence import ArmEvidence, RunEvidence, gather
 from orchestrator.grammar import RATIO_TOLERANCE, TOKENS_PER_BYTE
 from orchestrator.home import Home
 from orchestrator.imports import ImportedRecord
+from orchestrator.ledger import BEST_ARM
 from orchestrator.public_record import PublicRecord, RecordedSeed
 from orchestrator.published import published_records
 from orchestrator.runs import RunStore
