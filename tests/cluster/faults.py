@@ -2,6 +2,7 @@
 
     python tests/cluster/faults.py slurm --trials 1000 --every 4     on an emulated cluster of four nodes
     python tests/cluster/faults.py local --trials 1000 --every 4     on this machine alone
+    python tests/cluster/faults.py local --trials 40 --only fill_disk    with one kind of fault
 
 The trainer is the tests' fake one, which lasts a second. Controllers are processes of their own and started again as soon
 as they end. Faults come in an order that the seed decides, at moments that it does not.
@@ -124,6 +125,9 @@ class Harness:
     slots: int
     cluster: Cluster | None
     dice: random.Random
+    only: str = ""
+    """The one kind of fault that there is; empty for all."""
+
     faults: list[Fault] = field(default_factory=list)
     cpu_seconds: float = 0.0
     exits: Counter[int] = field(default_factory=Counter)
@@ -136,6 +140,7 @@ class Harness:
 
         Where controllers take longer to start than they live, nothing is done, and nothing is to be learned from it.
         """
+        kinds = self._kinds()
         next_fault = time.monotonic() + every
         ends, calm = time.monotonic() + until, time.monotonic() + CALM_FROM * until
         self._start()
@@ -148,7 +153,8 @@ class Harness:
                 due[1]()
             if every and next_fault <= time.monotonic() < calm:
                 next_fault = time.monotonic() + every * self.dice.uniform(0.5, 1.5)
-                self._hurt()
+                fault = self.dice.choice(kinds)()
+                self.faults += [fault] if fault else []
         for _, come_back in self._due:
             come_back()
         if self._controller is not None and self._controller.returncode is None:
@@ -180,7 +186,7 @@ class Harness:
 
     # ------------------------------------------------------------------------------------------------ faults
 
-    def _hurt(self) -> None:
+    def _kinds(self) -> list[Callable[[], Fault | None]]:
         common: list[Callable[[], Fault | None]] = [
             self._kill_controller, self._kill_worker, self._kill_trainer, self._fill_disk,
         ]  # fmt: skip
@@ -188,9 +194,12 @@ class Harness:
             self._crash_node, self._kill_slurmd, self._kill_slurmctld, self._kill_slurmdbd, self._scancel, self._requeue,
             self._pre_empt, self._scancel, self._requeue,
         ]  # fmt: skip
-        fault = self.dice.choice(common + (of_cluster if self.cluster else []))()
-        if fault is not None:
-            self.faults.append(fault)
+        kinds = common + (of_cluster if self.cluster else [])
+        chosen = [kind for kind in kinds if self.only in ("", kind.__name__.lstrip("_"))]
+        if not chosen:
+            names = sorted({kind.__name__.lstrip("_") for kind in kinds})
+            raise SystemExit(f"--only {self.only}: no such fault; there are {', '.join(names)}")
+        return chosen
 
     def _live(self) -> list[tuple[AttemptDir, Claim]]:
         """Attempts at work, as their claims say."""
@@ -428,6 +437,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--every", type=float, default=4.0, help="mean seconds between two faults; 0 for none")
+    parser.add_argument("--only", default="", metavar="KIND", help="one kind of fault, as fill_disk; default: all")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--limit", type=float, default=7200.0, help="seconds after which it is given up")
     parser.add_argument("--keep", action="store_true", help="leave the folder for a look; the disk is never full")
@@ -456,7 +466,9 @@ def work(options: argparse.Namespace, folder: Path, home: Home, cluster: Cluster
         if cluster is not None:
             cluster.start()
             _lie(cluster, folder, enabled=bool(options.every))
-        harness = Harness(options.kind, home, options.trials, options.slots, cluster, random.Random(options.seed))
+        harness = Harness(
+            options.kind, home, options.trials, options.slots, cluster, random.Random(options.seed), options.only
+        )
         started = time.monotonic()
         harness.run(options.every, options.limit)
         print(json.dumps(account(harness, time.monotonic() - started), indent=1))
