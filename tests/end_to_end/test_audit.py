@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import ProtocolError
-from tests.end_to_end.micro import caddie
+from tests.end_to_end.records import checked, failures, named
 from tests.trainer.make_run import execute, micro_config, plan, result_of
 from trainer import protocol
 from trainer.protocol import TRAIN, VALIDATION, DataDir, RunDir
@@ -26,21 +25,6 @@ KNOBS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def audit(run: RunDir, *options: str | Path) -> tuple[int, dict[str, Any]]:
-    """Exit code and record of the command."""
-    done = caddie("audit", run.root, "--json", *options, cwd=run.root)
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
-def failures(record: dict[str, Any]) -> list[str]:
-    return [check["name"] for check in record["checks"] if check["status"] == "failed"]
-
-
-def named(record: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(check for check in record["checks"] if check["name"] == name)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> RunDir:
     """A complete run that learns chunk by chunk, and its sibling of another seed."""
@@ -51,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> RunDir:
 
 
 def test_a_real_run_passes_its_audit(finished: RunDir) -> None:
-    code, record = audit(finished)
+    code, record = checked("audit", finished)
     assert (code, record["verdict"], failures(record)) == (0, "passed", [])
     assert {check["name"] for check in record["checks"] if check["status"] == "undecided"} == set()
     for name in (
@@ -73,7 +57,7 @@ def test_a_real_run_passes_its_audit(finished: RunDir) -> None:
 def test_a_real_run_that_scores_documents_apart_passes(tmp_path: Path, data: Path) -> None:
     run = plan(tmp_path, data, micro_config(**KNOBS["documents"]))
     assert result_of(execute(run)).status == protocol.COMPLETE
-    code, record = audit(run, "--no-evaluation")
+    code, record = checked("audit", run, "--no-evaluation")
     assert (code, failures(record)) == (0, [])
     for stage in ("sliding", "ttt"):
         assert named(record, f"c1.boundary.{stage}")["status"] == "passed"
@@ -90,7 +74,7 @@ def test_a_real_log_that_was_edited_is_told(finished: RunDir, tmp_path: Path) ->
     )
     lines.insert(scored, lines.pop(learned))  # chunk 0, now learned before it was scored
     log.write_text("".join(lines))
-    code, record = audit(run, "--no-evaluation", "--sample", "512")
+    code, record = checked("audit", run, "--no-evaluation", "--sample", "512")
     assert code == ProtocolError.exit_code
     assert "c3.log" in failures(record)
     assert any("learned before it was scored" in problem for problem in named(record, "c3.log")["found"])
@@ -102,6 +86,6 @@ def test_validation_text_in_a_real_training_split_is_told(finished: RunDir, data
     header = 4 * 256
     size = min(len(train), len(val))
     copy.shard(TRAIN, 0).write_bytes(train[:header] + val[header:size] + train[size:])  # as long as before
-    code, record = audit(finished, "--data", copy.root, "--no-evaluation", "--sample", "512")
+    code, record = checked("audit", finished, "--data", copy.root, "--no-evaluation", "--sample", "512")
     assert (code, failures(record)) == (ProtocolError.exit_code, ["split.disjoint"])
     assert named(record, "split.disjoint")["found"] > 40

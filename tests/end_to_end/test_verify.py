@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orchestrator.errors import DataError, ProtocolError
-from tests.end_to_end.micro import caddie
+from tests.end_to_end.records import checked, failures, named
 from tests.trainer.make_data import make_data, texts
 from tests.trainer.make_run import execute, micro_config, plan, result_of
 from trainer import protocol
@@ -27,26 +25,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> RunDir:
     return run
 
 
-def verify(run: RunDir, *options: str | Path) -> tuple[int, dict[str, Any]]:
-    """Exit code and record of the command."""
-    done = caddie("verify", run.root, "--json", *options, cwd=run.root)
-    assert done.stdout, done.stderr
-    return done.returncode, json.loads(done.stdout)
-
-
-def failures(record: dict[str, Any]) -> list[str]:
-    return [check["name"] for check in record["checks"] if check["status"] == "failed"]
-
-
-def check_named(record: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(check for check in record["checks"] if check["name"] == name)
-
-
 def test_a_real_run_comes_out_again_from_its_two_files(finished: RunDir) -> None:
-    code, record = verify(finished)
+    code, record = checked("verify", finished)
     assert (code, record["verdict"], failures(record)) == (0, "passed", [])
     for stage in ("roundtrip", "sliding", "ttt"):
-        assert check_named(record, f"{stage}.bpb")["status"] == "passed"
+        assert named(record, f"{stage}.bpb")["status"] == "passed"
     assert record["artifact_sha256"] == protocol.sha256_of(finished.artifact)
     assert protocol.read_json(finished.verify) == record
 
@@ -56,7 +39,7 @@ def test_a_real_model_file_with_one_byte_changed_is_named(finished: RunDir, tmp_
     content = bytearray(run.artifact.read_bytes())
     content[len(content) // 2] ^= 0x10
     run.artifact.write_bytes(content)
-    code, record = verify(run)
+    code, record = checked("verify", run)
     assert code == ProtocolError.exit_code
     assert failures(record)[0] == "model.sha256"  # whether the reader sees it too depends on the byte
 
@@ -66,10 +49,10 @@ def test_a_real_model_file_that_was_cut_off_is_named_and_refused_by_its_reader(
 ) -> None:
     run = RunDir(shutil.copytree(finished.root, tmp_path / "run"))
     run.artifact.write_bytes(run.artifact.read_bytes()[:-1000])
-    code, record = verify(run)
+    code, record = checked("verify", run)
     assert code == ProtocolError.exit_code
     assert failures(record) == ["model.sha256", "model.bytes", "artifact.bytes", "evaluation"]
-    assert str(check_named(record, "evaluation")["found"]).startswith("code: ")
+    assert str(named(record, "evaluation")["found"]).startswith("code: ")
     assert record["failure"]["log"]
 
 
@@ -78,14 +61,14 @@ def test_a_real_score_that_was_edited_is_named(finished: RunDir, tmp_path: Path)
     record = protocol.read_json(run.attempt(1).result)
     record["scores"]["ttt"]["bpb"] -= 2e-6
     protocol.write_json_atomically(run.attempt(1).result, record)
-    code, found = verify(run)
+    code, found = checked("verify", run)
     assert (code, failures(found)) == (ProtocolError.exit_code, ["result.sums", "ttt.bpb"])
 
 
 def test_another_split_of_the_same_text_is_named(finished: RunDir, tmp_path: Path) -> None:
     other = make_data(tmp_path, name="other", documents=texts()[::2])
-    code, record = verify(finished, "--data", other)
+    code, record = checked("verify", finished, "--data", other)
     assert (code, failures(record)) == (DataError.exit_code, ["data.manifest"])
-    tokens = check_named(record, "ttt.tokens")
+    tokens = named(record, "ttt.tokens")
     assert (tokens["status"], tokens["note"]) == ("undecided", "the data are not the run's")
     assert tokens["expected"] != tokens["found"]
