@@ -128,9 +128,7 @@ def _counted(asking: Sequence[tuple[str, RunEvidence]], found: Mapping[str, Any]
     counts = []
     for name, run in asking:
         for stage, score in _scores(run):
-            is_split = (
-                found and score.tokens == found["targets"] + 1
-            )  # a log that counts the first token, which is no target
+            is_split = found and score.tokens == found["targets"] + 1  # its first token counted, which is no target
             meant = [(score.tokens, first[score.tokens])] if score.tokens in first else []
             options = [
                 ByteCount(

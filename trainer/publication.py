@@ -110,23 +110,30 @@ class ShardCounter:
 
     def __call__(self, task: tuple[Path, int | None]) -> Counted:
         path, previous = task
-        size = path.stat().st_size
-        tokens = max(0, size - HEADER_BYTES) // 2
-        shard = Shard(file=path.name, tokens=tokens, bytes=size, sha256=sha256_of(path), first_document=0, documents=0)
-        tokens_N = read_shard(path, shard)
-        above = int(tokens_N.max(initial=0))
-        if above >= self.tokenizer.vocab_size():
-            raise DataError(
-                f"{path}: token {above}, the tokenizer has {self.tokenizer.vocab_size()} pieces",
-                hint="these shards are of another tokenizer",
-            )
-        if previous is None and (not tokens or tokens_N[0] != BOS):
+        tokens_N = foreign_shard(path, self.tokenizer)
+        if previous is None and (not len(tokens_N) or tokens_N[0] != BOS):
             raise DataError(f"{path}: a split must begin with token {BOS}, the start of a document")
-        documents = int((tokens_N == BOS).sum())
-        return Counted(
-            dataclasses.replace(shard, documents=documents),
-            stream_bytes(TokenBytes(self.tokenizer), tokens_N, previous),
+        shard = Shard(
+            file=path.name, tokens=len(tokens_N), bytes=path.stat().st_size, sha256=sha256_of(path), first_document=0,
+            documents=int((tokens_N == BOS).sum()),
+        )  # fmt: skip
+        return Counted(shard, stream_bytes(TokenBytes(self.tokenizer), tokens_N, previous))
+
+
+def foreign_shard(path: Path, tokenizer: sentencepiece.SentencePieceProcessor) -> np.ndarray:
+    """The tokens of a shard that no manifest speaks of, mapped. Raises DataError where it is damaged or of another tokenizer."""
+    size = path.stat().st_size if path.is_file() else 0
+    tokens = max(0, size - HEADER_BYTES) // 2
+    tokens_N = read_shard(
+        path, Shard(file=path.name, tokens=tokens, bytes=size, sha256="", first_document=0, documents=0)
+    )
+    above = int(tokens_N.max(initial=0))
+    if above >= tokenizer.vocab_size():
+        raise DataError(
+            f"{path}: token {above}, the tokenizer has {tokenizer.vocab_size()} pieces",
+            hint="these shards are of another tokenizer",
         )
+    return tokens_N
 
 
 def adopt(
@@ -138,7 +145,7 @@ def adopt(
     or of another tokenizer.
     """
     folder = DataDir(root)
-    tokenizer = _tokenizer(folder.tokenizer)
+    tokenizer = foreign_tokenizer(folder.tokenizer)
     progress = Progress(say)
     splits = {split: _adopt_split(folder, split, tokenizer, progress) for split in SPLITS}
     manifest = Manifest(
@@ -150,7 +157,8 @@ def adopt(
     return manifest, notes_on(manifest, val_tokens_N, TokenBytes(tokenizer))
 
 
-def _tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+def foreign_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model of any size; raises DataError where bytes could not be counted with it."""
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(path.read_bytes())

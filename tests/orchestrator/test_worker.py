@@ -1,8 +1,10 @@
+import errno
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -301,19 +303,21 @@ def test_a_trainer_that_left_no_result_gets_one_that_says_why(run, mode, kind, m
     assert result.seed == 7
 
 
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_trainer_whose_last_words_found_no_room_says_nothing_of_the_trial(run, monkeypatch):
-    monkeypatch.setattr(worker, "has_room", lambda folder: False)
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_space)
     failure = attempt_with(run, "silent").failure
     assert (failure.kind, failure.message) == (DISK, f"{run.attempt(1).root}: no space left on device")
 
 
 def test_a_result_for_which_there_is_no_room_leaves_an_empty_file(run, monkeypatch):
-    def refuse(path, result):
-        raise protocol.storage_error(OSError(28, "No space left on device"), path)
-
-    monkeypatch.setattr(protocol, "write_result", refuse)
-    with pytest.raises(StorageError, match="No space left on device"):
-        attempt_with(run, "silent")
+    write_plans(Home(run.root.parent.parent), {})
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(StorageError, match=r"result\.json: cannot be written: No space left on device"):
+        worker.run_attempt(str(run.root), 1, 1, "", 60.0, 0.5)
     assert run.attempt(1).no_room.stat().st_size == 0 and not run.attempt(1).result.exists()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer import target_bytes
+from trainer import publication, target_bytes
 from trainer.data import Dataset
 from trainer.errors import DataError
 from trainer.protocol import VALIDATION, DataDir
@@ -31,9 +31,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> Path:
     return path
 
 
-@pytest.mark.parametrize("chunk", [2**22, 7, 1])
-def test_the_first_targets_have_the_bytes_that_the_judge_counts(files, prepared, chunk, monkeypatch) -> None:
-    monkeypatch.setattr(target_bytes, "CHUNK_TOKENS", chunk)
+@pytest.mark.parametrize("span", [2**22, 7, 1])
+def test_the_first_targets_have_the_bytes_that_the_judge_counts(files, prepared, span, monkeypatch) -> None:
+    monkeypatch.setattr(publication, "SPAN_TOKENS", span)
     dataset = Dataset.open(prepared, DATA_VOCAB)
     tokens_N = dataset.validation_tokens()[:400]
     bytes_N = dataset.byte_counts().bytes_of_targets(tokens_N[:-1], tokens_N[1:])
@@ -63,11 +63,17 @@ def test_the_command_says_it_as_json(files) -> None:
 def test_what_is_no_shard_or_no_tokenizer_is_named(files, tmp_path: Path) -> None:
     shards, tokenizer = files
     bad = tmp_path / "fineweb_val_000000.bin"
-    for content in (b"short", b"\0" * 2048, shards[0].read_bytes()[:-2]):
+    cases = [
+        (b"short", "5 bytes, the shard's 0 tokens need 1024"),
+        (b"\0" * 2048, r"header \[0, 0, 0\], must be \[20240520, 1, 512\]"),
+        (shards[0].read_bytes()[:-2], r"header \[20240520, 1, \d+\], must be"),
+        (shards[0].read_bytes()[:-1], r"\d+ bytes, the shard's \d+ tokens need \d+"),
+    ]
+    for content, message in cases:
         bad.write_bytes(content)
-        with pytest.raises(DataError, match=r"fineweb_val_000000\.bin: not a shard"):
+        with pytest.raises(DataError, match=rf"fineweb_val_000000\.bin: {message}"):
             target_bytes.count([bad], tokenizer, [])
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match=r"none\.bin: the shard is missing"):
         target_bytes.count([tmp_path / "none.bin"], tokenizer, [])
     bad.write_bytes(b"a tokenizer")
     with pytest.raises(DataError, match="not a SentencePiece model"):
@@ -76,5 +82,5 @@ def test_what_is_no_shard_or_no_tokenizer_is_named(files, tmp_path: Path) -> Non
 
 def test_a_token_that_the_tokenizer_lacks_is_refused(files, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "other.bin", np.array([1, 5, 5000]))
-    with pytest.raises(DataError, match="it has 420 pieces, .* has token 5000"):
+    with pytest.raises(DataError, match=r"other\.bin: token 5000, the tokenizer has 420 pieces"):
         target_bytes.count([shard], files[1], [])
