@@ -10,7 +10,7 @@ from orchestrator.ages import Ages
 from orchestrator.claims import began_by_now, read_claim
 from orchestrator.demands import DemandBook
 from orchestrator.errors import ProtocolError
-from orchestrator.failures import failure_of_lost
+from orchestrator.failures import failure_of_lost, failure_of_overdue
 from orchestrator.home import Home
 from orchestrator.job_names import JobNames
 from orchestrator.ledger import Attempt, OpenLedger
@@ -266,7 +266,7 @@ class Attempts:
             self.launcher.cancel(attempt.tag)  # what is left of it, on a node that is not heard, say
         result = _read_result(files, attempt.run_id)
         if result.status == protocol.STOPPED and not files.stop.exists():
-            result = _stopped_by_the_machine(result, files)
+            result = self._stopped_by_the_machine(result, attempt, files)
             protocol.write_result(files.result, result)
         is_refused = not is_lost and _is_of_node(result) and self._is_refused(attempt, files)
         self.ledger.decide(
@@ -289,6 +289,21 @@ class Attempts:
             )
         if not self.launcher.has_queue:  # a scheduler is told which nodes to leave out
             self._note_slot(JobResources.from_record(attempt.resources), is_refused=is_refused)
+
+    def _stopped_by_the_machine(self, result: Result, attempt: Attempt, files: AttemptDir) -> Result:
+        """The result of a trainer that heard a SIGTERM which was no stop of ours.
+
+        Its worker sent it, since the run's time was up, and has yet to say so; or a machine is wanted back; or a person.
+        """
+        if files.overdue.exists():
+            failure = failure_of_overdue(files, attempt.resources["timeout_seconds"])
+        else:
+            failure = Failure(
+                kind=protocol.PREEMPTED if files.notice.exists() else protocol.INFRASTRUCTURE,
+                message="the trainer was told to end, and no study asked for it",
+                log=str(files.stderr),
+            )
+        return dataclasses.replace(result, status=protocol.FAILED, failure=failure)
 
     def _note_slot(self, resources: JobResources, *, is_refused: bool) -> None:
         """Let a slot of this machine rest where a run was refused, and take it for sound where one began."""
@@ -324,6 +339,8 @@ class Attempts:
         failure, ending = failure_of_lost(files), self.launcher.ending(files, tag=attempt.tag)
         if failure.kind == protocol.DISK:
             return failure
+        if files.overdue.exists():
+            return failure_of_overdue(files, attempt.resources["timeout_seconds"])
         if ending is not None:
             failure = dataclasses.replace(failure, kind=ending.kind, message=ending.message)
         if files.notice.exists() and failure.kind == protocol.INFRASTRUCTURE:
@@ -333,16 +350,6 @@ class Attempts:
 
 def _is_of_node(result: Result) -> bool:
     return result.failure is not None and result.failure.kind == protocol.NODE
-
-
-def _stopped_by_the_machine(result: Result, files: AttemptDir) -> Result:
-    """The result of a trainer that heard a SIGTERM which was no stop of ours: a machine that is wanted back, or a person."""
-    failure = Failure(
-        kind=protocol.PREEMPTED if files.notice.exists() else protocol.INFRASTRUCTURE,
-        message="the trainer was told to end, and no study asked for it",
-        log=str(files.stderr),
-    )
-    return dataclasses.replace(result, status=protocol.FAILED, failure=failure)
 
 
 def _read_result(files: AttemptDir, run_id: str) -> Result:

@@ -104,6 +104,13 @@ def failure_of(kind: str, message: str, log: Path) -> Failure:
     return Failure(kind=kind, message=message, log="\n".join([str(log), *lines]))
 
 
+def failure_of_overdue(attempt: AttemptDir, seconds: float) -> Failure:
+    """The failure of an attempt that took longer than its study gives a run."""
+    return failure_of(
+        protocol.TIMEOUT, f"ended after {seconds:g} s, the study's [resources] timeout_minutes", attempt.stderr
+    )
+
+
 def failure_of_lost(attempt: AttemptDir) -> Failure:
     """The failure of an attempt that nobody is left to speak for; one that never began speaks in the scheduler's log."""
     logs = [attempt.stderr, *sorted(attempt.scheduler.glob("*.err"))]

@@ -25,7 +25,7 @@ from pathlib import Path
 from orchestrator import compile_cache, gauges, node_check
 from orchestrator.allocation import Allocation
 from orchestrator.claims import Claim, beating, claim_for, make_claim, read_claim
-from orchestrator.failures import classify, explain, failure_of, has_room, kind_of_error, log_tail
+from orchestrator.failures import classify, explain, failure_of, failure_of_overdue, has_room, kind_of_error, log_tail
 from orchestrator.home import home_of
 from orchestrator.machine import THREADS, describe_environment, describe_machine
 from orchestrator.node_check import Node, NodeRefused, Pace
@@ -176,19 +176,16 @@ def _attempt(part: Part) -> Result | None:
     returncode, ended = _run_trainer(part, spec)
     if ended == SUPERSEDED:
         return None
-    too_long = failure_of(
-        protocol.TIMEOUT,
-        f"ended after {order.timeout_seconds:g} s, the study's [resources] timeout_minutes",
-        attempt.stderr,
-    )
+    is_overdue = ended == protocol.TIMEOUT or attempt.overdue.exists()
     if attempt.result.exists():
         left = protocol.read_result(attempt.result)
-        if ended != protocol.TIMEOUT or left.status != protocol.STOPPED:
+        if not is_overdue or left.status != protocol.STOPPED:
             return None
+        too_long = failure_of_overdue(attempt, order.timeout_seconds)
         return dataclasses.replace(left, status=protocol.FAILED, failure=too_long)  # it left politely, and too late
     if ended == protocol.STOPPED:
         return _result(run, attempt, status=protocol.STOPPED, spec=spec)
-    failure = too_long if ended == protocol.TIMEOUT else _failure(part, returncode)
+    failure = failure_of_overdue(attempt, order.timeout_seconds) if is_overdue else _failure(part, returncode)
     return _result(run, attempt, status=protocol.FAILED, failure=failure, spec=spec)
 
 
@@ -385,6 +382,9 @@ def _watch(process: subprocess.Popen[bytes], part: Part, tag: str, *, script: Sc
             ended, deadline = protocol.COMPLETE, now + order.grace_seconds
         elif ended is None and (attempt.stop.exists() or now > deadline):
             ended = protocol.STOPPED if attempt.stop.exists() else protocol.TIMEOUT
+            if ended == protocol.TIMEOUT:  # said first: whoever reads a polite trainer's result must know why it left
+                with suppress(OSError):
+                    attempt.overdue.touch()
             deadline = now + (GIVEN_UP_SECONDS if _is_given_up(attempt) else order.grace_seconds)
             _ask_to_leave(process, tag)
         elif ended is None and now - looked > OWNER_SECONDS:

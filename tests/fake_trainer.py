@@ -1,7 +1,8 @@
 """A trainer that keeps the contract of a run directory and trains nothing; its bytes serve as a bundle in tests.
 
 The score is a function of the configuration and the seed. What should go wrong is said in a file beside the run store,
-`fake.json`, by seed and attempt: {"<seed>": {"mode": ..., "attempts": [1]}}, or for every run under "*".
+`fake.json`, by seed and attempt: {"<seed>": {"mode": ..., "attempts": [1]}}, or for every run under "*". Of several
+ranks the first one alone writes.
 """
 
 from __future__ import annotations
@@ -61,9 +62,11 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: STOPPING.append(1))
-    events = EventLog(files.events)
+    is_first = os.environ.get("RANK", "0") == "0"
+    events = EventLog(files.events if is_first else None)
     events.emit(protocol.START, seed=spec.seed)
-    (files.root / "trainer.pid").write_text(str(os.getpid()))
+    if is_first:
+        (files.root / "trainer.pid").write_text(str(os.getpid()))
     misbehave(mode)
     bpb = bits_per_byte(spec.config, spec.seed)
     steps = 4
@@ -86,14 +89,13 @@ def main() -> None:
         status, failure = protocol.FAILED, Failure(kind=protocol.NOT_FINITE, message="the loss is nan at step 3")
     score = Score(nats=bpb * 1000, tokens=300, bytes=1000, loss=bpb * 2, bpb=bpb, seconds=0.5)
     scores = {} if status == protocol.STOPPED or mode == "not_finite" else dict.fromkeys(protocol.STAGES, score)
-    protocol.write_result(
-        files.result,
-        Result(
-            run_id=spec.run_id, attempt=attempt, status=status, seed=spec.seed, failure=failure, steps=steps,
-            train_seconds=0.04, scores=scores, artifact_bytes=artifact_bytes,
-            cap_bytes=spec.config["limits"]["artifact_bytes"], bundle_sha256=spec.bundle_sha256,
-        ),
+    result = Result(
+        run_id=spec.run_id, attempt=attempt, status=status, seed=spec.seed, failure=failure, steps=steps,
+        train_seconds=0.04, scores=scores, artifact_bytes=artifact_bytes,
+        cap_bytes=spec.config["limits"]["artifact_bytes"], bundle_sha256=spec.bundle_sha256,
     )  # fmt: skip
+    if is_first:
+        protocol.write_result(files.result, result)
     if mode == "lingers":
         time.sleep(600)
 

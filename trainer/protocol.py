@@ -131,6 +131,10 @@ class AttemptDir:
         return self.root / "no_room"
 
     @property
+    def overdue(self) -> Path:  # empty: its time was up before its trainer was told to leave
+        return self.root / "overdue"
+
+    @property
     def stdout(self) -> Path:
         return self.root / "stdout.log"
 

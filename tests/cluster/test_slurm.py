@@ -12,13 +12,13 @@ import pytest
 
 from orchestrator import ledger
 from orchestrator.claims import read_claim
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, StudyFailed
 from orchestrator.home import Home
 from tests.cluster.emulated import PREEMPTIBLE, Cluster, until
 from tests.cluster.sweeps import Running, slow_trainers, slurm_study, starts
 from tests.end_to_end.micro import STUDY, caddie
 from trainer import protocol
-from trainer.protocol import INFRASTRUCTURE, NODE, PREEMPTED
+from trainer.protocol import INFRASTRUCTURE, NODE, PREEMPTED, TIMEOUT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -104,6 +104,14 @@ def test_torchrun_and_its_ranks_survive_the_notice_until_they_have_left_in_order
         and told.failure.kind == PREEMPTED
         and told.failure.message.startswith("the trainer was told")
     )
+
+
+def test_a_run_whose_time_is_up_is_not_attempted_again_however_politely_it_leaves(cluster: Cluster, home: Home) -> None:
+    slow_trainers(home)
+    running = Running(slurm_study(gpus=8, minutes=0.2), home)
+    with pytest.raises(StudyFailed, match="timeout: ended after 12 s"):
+        running.wait()
+    assert outcomes(running) == [("failed", TIMEOUT)]
 
 
 def test_a_cancelled_job_is_attempted_again(cluster: Cluster, home: Home) -> None:

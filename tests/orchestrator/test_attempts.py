@@ -66,6 +66,25 @@ def test_a_trainer_that_was_ended_without_being_asked_to_stop_is_run_again(home)
     assert "no study asked for it" in protocol.read_result(home.run(run_id).attempt(1).result).failure.message
 
 
+@pytest.mark.parametrize("leaves_result", [True, False])
+def test_a_run_whose_time_is_up_is_not_run_again_whoever_reads_of_it_first(home, leaves_result):
+    """Its worker may not have come to its own words: the trainer leaves a result that says stopped, or all were killed."""
+
+    def overdue(run, attempt, spec):
+        attempt.overdue.touch()
+        if leaves_result:
+            protocol.write_result(
+                attempt.result,
+                protocol.Result(run_id=spec.run_id, attempt=attempt.number, status=protocol.STOPPED, seed=spec.seed),
+            )
+
+    study = tiny_study(trials=1, confirm=None, resources="timeout_minutes = 3")
+    launcher = FakeLauncher(behaviours={(1, 1): overdue})
+    with pytest.raises(StudyFailed, match="timeout: ended after 180 s, the study's"):
+        controller(study, home, launcher=launcher).run()
+    assert len(launcher.submitted) == 1
+
+
 def test_a_damaged_result_is_its_runs_failure(home):
     class Damaging(FakeLauncher):
         def _end(self, run, attempt):

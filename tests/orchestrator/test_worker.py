@@ -370,6 +370,7 @@ def test_an_attempt_that_takes_too_long_is_ended_and_told_as_that(run, mode):
     assert result.status == protocol.FAILED
     assert result.failure.kind == TIMEOUT
     assert "ended after 0.7 s, the study's [resources] timeout_minutes" in result.failure.message
+    assert run.attempt(1).overdue.exists()
 
 
 def test_ranks_that_left_the_group_are_ended_too(run, tmp_path):
