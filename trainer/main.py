@@ -104,12 +104,18 @@ def main(arguments: list[str] | None = None) -> int:
         spec = protocol.read_spec(directory.spec)
         config = from_mapping(spec.config)
         world = start_world(config.runtime)
+        attempt = directory.attempt(options.attempt)
+        log = EventLog(attempt.events if world.is_first else None)
+        return attempt_run(Run(directory, spec, config, world, log, stop, attempt))
     except (CaddieError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return getattr(error, "exit_code", 1)
-    attempt = directory.attempt(options.attempt)
-    log = EventLog(attempt.events if world.is_first else None)
-    return attempt_run(Run(directory, spec, config, world, log, stop, attempt))
+
+
+def complain(text: str) -> None:
+    """Say it on stderr, which may be a file on a full disk: the exit code is heard then."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def recheck(directory: RunDir, data_dir: Path) -> None:
@@ -133,10 +139,10 @@ def recheck(directory: RunDir, data_dir: Path) -> None:
 
 
 def attempt_run(run: Run) -> int:
-    """Execute the phases and write the result, whatever happens; returns the exit code.
+    """Execute the phases and write the result, whatever happens; returns the exit code. Raises StorageError where the
+    disk does not take the result.
 
-    An attempt that does not own the run any more leaves no result. Where the disk takes neither the result nor the log,
-    the exit code alone says so.
+    An attempt that does not own the run any more leaves none.
     """
     status, failure, code = protocol.COMPLETE, None, 0
     try:
@@ -149,17 +155,11 @@ def attempt_run(run: Run) -> int:
     except Exception as error:
         status, failure = protocol.FAILED, describe(error, run.attempt)
         code = getattr(error, "exit_code", 1)
-        with suppress(OSError):
-            traceback.print_exc()
-            if isinstance(error, CaddieError) and error.hint:
-                print(f"hint: {error.hint}", file=sys.stderr)
+        complain(traceback.format_exc())
+        if isinstance(error, CaddieError) and error.hint:
+            complain(f"hint: {error.hint}")
     if run.world.is_first and run.directory.is_newest(run.attempt):
-        try:
-            protocol.write_result(run.attempt.result, result_of(run, status, failure))
-        except StorageError as error:
-            with suppress(OSError):
-                print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
+        protocol.write_result(run.attempt.result, result_of(run, status, failure))
         if run.config.runtime.resumable and code == 0 and status != protocol.STOPPED:
             run.directory.checkpoint.unlink(missing_ok=True)
     if code == 0:
