@@ -261,6 +261,9 @@ class Attempts:
     def _end(self, attempt: Attempt) -> None:
         files = self._files_of(attempt)
         is_lost = not files.result.exists()
+        # Before a result of ours is written: nobody may have looked for long.
+        began = self._began(attempt)
+        seconds = _seconds_since(began, files)
         if is_lost:
             protocol.write_result(files.result, self._result_of_lost(attempt))
             self.launcher.cancel(attempt.tag)  # what is left of it, on a node that is not heard, say
@@ -275,7 +278,8 @@ class Attempts:
             attempt=attempt.number,
             status=result.status,
             failure=result.failure.kind if result.failure else None,
-            seconds=self._seconds(attempt, files),
+            began=began,
+            seconds=seconds,
             gpus=JobResources.from_record(attempt.resources).gpu_count,
             nodes=self.launcher.nodes_of(files, tag=attempt.tag),
             is_refused=is_refused,
@@ -318,11 +322,6 @@ class Attempts:
         nodes = JobResources.from_record(attempt.resources).nodes
         return not files.events.exists() or node_check.was_refused(files, nodes)
 
-    def _seconds(self, attempt: Attempt, files: AttemptDir) -> float:
-        """How long an attempt had its resources."""
-        began = self._began(attempt)
-        return 0.0 if began is None else round(max(0.0, files.result.stat().st_mtime - began), 3)
-
     def _result_of_lost(self, attempt: Attempt) -> Result:
         """A result for an attempt that nobody is left to write one for."""
         files, run = self._files_of(attempt), self.home.run(attempt.run_id)
@@ -346,6 +345,13 @@ class Attempts:
         if files.notice.exists() and failure.kind == protocol.INFRASTRUCTURE:
             failure = dataclasses.replace(failure, kind=protocol.PREEMPTED)
         return failure
+
+
+def _seconds_since(began: float | None, files: AttemptDir) -> float:
+    """How long an attempt had its resources: up to its result, or until it was last heard of."""
+    signs = (files.result,) if files.result.exists() else (files.claim, files.events)
+    ended = max((path.stat().st_mtime for path in signs if path.exists()), default=0.0)
+    return 0.0 if began is None else round(max(0.0, ended - began), 3)
 
 
 def _is_of_node(result: Result) -> bool:

@@ -26,7 +26,10 @@ TRIAL_TOLD = "trial_told"  # trial, state, value, constraints, measures {name: v
 ARM_ASKED = "arm_asked"  # arm, trial, params, runs {seed: run_id}
 SUBMITTING = "submitting"  # run_id, attempt, tag, resources: the intention, before the scheduler hears of it
 SUBMITTED = "submitted"  # run_id, attempt, job_id
-ENDED = "ended"  # run_id, attempt, status, failure (kind or null), seconds, gpus; where known nodes [name], is_refused
+ENDED = (
+    "ended"  # run_id, attempt, status, failure (kind or null), began (null where it never did), seconds, gpus; where
+)
+# known nodes [name], is_refused
 STOP_ASKED = "stop_asked"  # run_id, attempt, reason
 CLOSED = "closed"  # reason
 
@@ -111,13 +114,23 @@ class Attempt:
     """None while it has not been seen to end."""
 
     failure: str | None = None
+    began: float | None = None
+    """Unix seconds at which it had its resources; known of one that has ended, and not where it never began."""
+
     seconds: float = 0.0
+    """For which it had them."""
+
     gpus: int = 0
     nodes: tuple[str, ...] = ()
     """Where it ran, as far as it is known."""
 
     is_refused: bool = False
     """Whether the check before the trainer's start found its node wanting: the run has not begun."""
+
+    @property
+    def ended(self) -> float:
+        """Unix seconds at which it gave its resources back: when it ended, not when that was seen."""
+        return (self.submitted if self.began is None else self.began) + self.seconds
 
 
 @dataclass(kw_only=True)
@@ -247,7 +260,7 @@ def apply(state: StudyState, record: Mapping[str, Any]) -> None:
     elif kind == ENDED:
         attempt = state.attempts[record["run_id"], record["attempt"]]
         attempt.status, attempt.failure = record["status"], record["failure"]
-        attempt.seconds, attempt.gpus = record["seconds"], record["gpus"]
+        attempt.began, attempt.seconds, attempt.gpus = record.get("began"), record["seconds"], record["gpus"]
         attempt.nodes, attempt.is_refused = tuple(record.get("nodes", ())), record.get("is_refused", False)
         state.note_nodes(attempt, record["time"])
     elif kind == CLOSED:

@@ -169,7 +169,7 @@ class _StudySync:
         status = self.state.closed or "open"
         self.store.set_tags(study_run, {views.STATUS: status})
         if self.state.closed:
-            ended = max((a.submitted + a.seconds for a in self.state.attempts.values()), default=self.state.opened_at)
+            ended = max((a.ended for a in self.state.attempts.values()), default=self.state.opened_at)
             self.store.finish(study_run, entries.STUDY_STATUS[self.state.closed], ended)
 
     def _links(self, study_run: MlflowRun) -> dict[str, str]:
@@ -373,7 +373,7 @@ class _StudySync:
 def _ended_at(state: StudyState, run_id: str, number: int | None = None) -> float:
     """Unix time at which a run's attempts (or one of them) ended by the ledger; 0 where the study made none."""
     attempts = [a for a in state.attempts_of(run_id) if number in (None, a.number) and a.status is not None]
-    return max((a.submitted + a.seconds for a in attempts), default=0.0)
+    return max((a.ended for a in attempts), default=0.0)
 
 
 def _written_at(path: Path) -> float:

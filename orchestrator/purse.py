@@ -130,17 +130,17 @@ class Purse:
 
     # ------------------------------------------------------------------------------------------------ settling
 
-    def settle(self, attempt: Attempt, *, ended: float | None = None) -> None:
+    def settle(self, attempt: Attempt) -> None:
         """Note what an attempt took that has ended, and give back the rest. Raises StorageError."""
         if attempt.gpus:
             with self._held():
-                self._settle(attempt, time.time() if ended is None else ended)
+                self._settle(attempt)
 
-    def _settle(self, attempt: Attempt, ended: float) -> None:
+    def _settle(self, attempt: Attempt) -> None:
         if (self.study, attempt.run_id, attempt.number) not in self._settled:
             self._append(
                 SETTLED, attempt.run_id, attempt.seconds * attempt.gpus, attempt=attempt.number, seconds=attempt.seconds,
-                time=ended,
+                time=attempt.ended,
             )  # fmt: skip
 
     def reconcile(self, state: StudyState, gpu_seconds: float) -> None:
@@ -154,7 +154,7 @@ class Purse:
         with self._held():
             for attempt in attempts:
                 if attempt.status is not None:
-                    self._settle(attempt, attempt.submitted + attempt.seconds)
+                    self._settle(attempt)
             running = {attempt.run_id for attempt in attempts if attempt.status is None}
             for run_id in sorted(running if gpu_seconds else ()):
                 if (self.study, run_id) not in self._open:

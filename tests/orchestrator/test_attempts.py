@@ -1,3 +1,5 @@
+import dataclasses
+import os
 import shutil
 import time
 
@@ -6,6 +8,8 @@ from fakes import FakeLauncher, FakeSearch, Listener, failed, scored, tiny_study
 from make_controller import Killed, controller, die_at, records
 
 from orchestrator import attempts, ledger, slots
+from orchestrator.allocation import Allocation
+from orchestrator.claims import claim_for, make_claim
 from orchestrator.errors import ConfigError, DataError, ProtocolError, StorageError, StudyFailed
 from orchestrator.launcher import LocalLauncher
 from orchestrator.ports import Ending, Unanswered
@@ -83,6 +87,27 @@ def test_a_run_whose_time_is_up_is_not_run_again_whoever_reads_of_it_first(home,
     with pytest.raises(StudyFailed, match="timeout: ended after 180 s, the study's"):
         controller(study, home, launcher=launcher).run()
     assert len(launcher.submitted) == 1
+
+
+@pytest.mark.parametrize("left", ["nothing", "stopped"])
+def test_hours_in_which_nobody_looked_are_not_charged_to_what_had_ended(home, left):
+    """Of a controller that comes back after a night, the attempts that died in the evening."""
+    began, ended = time.time() - 40_000, time.time() - 39_900
+
+    def dies(run, attempt, spec):
+        make_claim(attempt, dataclasses.replace(claim_for(Allocation()), began=began))
+        if left == "stopped":
+            stopped = protocol.Result(
+                run_id=spec.run_id, attempt=attempt.number, status=protocol.STOPPED, seed=spec.seed
+            )
+            protocol.write_result(attempt.result, stopped)
+        for path in attempt.root.iterdir():
+            os.utime(path, (ended, ended))
+
+    state = controller(tiny_study(trials=1, confirm=None), home, launcher=FakeLauncher(behaviours={(1, 1): dies})).run()
+    lost, again = state.attempts.values()
+    assert [(a.failure, round(a.seconds)) for a in (lost, again)] == [(INFRASTRUCTURE, 100), (None, 0)]
+    assert lost.ended == pytest.approx(ended, abs=0.01)
 
 
 def test_a_damaged_result_is_its_runs_failure(home):

@@ -16,9 +16,12 @@ HOUR = 3600.0
 DAY = 86_400.0
 
 
-def attempt(run_id="r", number=1, *, seconds=0.0, gpus=8, status="complete", submitted=0.0):
+def attempt(run_id="r", number=1, *, seconds=0.0, gpus=8, status="complete", ended=None):
+    """One that has just ended, if nothing else is said."""
+    began = (purses.time.time() if ended is None else ended) - seconds
     return Attempt(
-        run_id=run_id, number=number, tag=run_id, resources={}, submitted=submitted, status=status, seconds=seconds, gpus=gpus
+        run_id=run_id, number=number, tag=run_id, resources={}, submitted=0.0, status=status, began=began, seconds=seconds,
+        gpus=gpus,
     )  # fmt: skip
 
 
@@ -73,6 +76,15 @@ def test_what_runs_over_midnight_counts_on_both_days_by_its_hours(home, clock):
     purse.settle(attempt("a", seconds=HOUR))
     assert purse.standing().day_taken == pytest.approx(4 * HOUR)
     assert purse.reserve("b", 6 * HOUR) is None
+
+
+def test_what_ended_while_nobody_looked_counts_on_the_day_on_which_it_ran(home, clock):
+    purse = Purse(home, "s", BudgetPlan(gpu_hours_per_day=10))
+    assert purse.reserve("a", 9 * HOUR) is None
+    evening, clock.now = clock.now + 12 * HOUR, 101 * DAY + 9 * HOUR
+    purse.settle(attempt("a", seconds=HOUR, ended=evening))
+    assert purse.standing().day_taken == 0 and purse.standing().study_taken == 8 * HOUR
+    assert purse.reserve("b", 9 * HOUR) is None
 
 
 def test_a_study_that_was_deleted_holds_no_day_up(home, clock):
@@ -142,7 +154,7 @@ def test_a_controller_killed_between_the_purse_and_the_ledger_is_made_up_for(hom
 
 
 def test_attempts_that_the_purse_has_not_heard_of_are_counted_once(home):
-    ended, running = attempt("a", seconds=HOUR, submitted=time.time()), attempt("b", status=None, gpus=0)
+    ended, running = attempt("a", seconds=HOUR), attempt("b", status=None, gpus=0)
     for _ in range(2):
         purse = Purse(home, "s", BudgetPlan(gpu_hours=10))
         purse.reconcile(state_of(ended, running), 5 * HOUR)
