@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.claims import read_claim
 from orchestrator.errors import CaddieError
 from orchestrator.ledger import Attempt, StudyState, Trial
 from orchestrator.runs import RunStore
@@ -32,6 +33,8 @@ HEARTBEAT_SECONDS = 30.0
 MOST_TOLD = 3
 """Running runs that a heartbeat tells of."""
 
+QUEUED, START = "queued", "start"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunningRun:
@@ -41,7 +44,7 @@ class RunningRun:
     seed: int | None
     run_id: str
     phase: str
-    """The trainer's last phase, or `queued`."""
+    """The trainer's last phase; `queued` before its worker has begun, `start` before the first phase."""
 
     step: int
     steps: int
@@ -49,7 +52,11 @@ class RunningRun:
 
     loss: float | None
     seconds: float
-    """Since its submission."""
+    """Since it began; of a queued one since its submission."""
+
+    @property
+    def is_queued(self) -> bool:
+        return self.phase == QUEUED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,20 +123,26 @@ def _last_status(store: RunStore, state: StudyState, run_id: str) -> str | None:
 
 
 def _seconds_left(study: Study, state: StudyState, running: tuple[RunningRun, ...], to_go: int) -> float | None:
-    """Median duration of complete runs × runs to go ÷ runs at a time, less what the running ones have done."""
+    """Median duration of complete runs × runs to go ÷ runs at a time, less what the running ones have done.
+
+    What waits in a queue has done nothing, and runs beside the others as soon as they do only where none has begun.
+    """
     durations = [attempt.seconds for attempt in state.attempts.values() if attempt.status == protocol.COMPLETE]
     if not durations:
         return None
     median = statistics.median(durations)
-    done = sum(min(run.seconds, median) for run in running)
-    at_once = max(1, len(running), 1 if study.resources.gpus_per_run else study.resources.slots)
+    begun = [run for run in running if not run.is_queued]
+    done = sum(min(run.seconds, median) for run in begun)
+    at_once = max(1, len(begun or running), 1 if study.resources.gpus_per_run else study.resources.slots)
     return max(0.0, median * to_go - done) / at_once
 
 
 def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt, now: float) -> RunningRun:
     owner, seed = _owner(state, attempt.run_id)
-    phase, step, loss = "queued", 0, None
-    for event in tail_events(store.home.run(attempt.run_id).attempt(attempt.number)):
+    files = store.home.run(attempt.run_id).attempt(attempt.number)
+    claim = read_claim(files)
+    phase, step, loss = START if claim else QUEUED, 0, None
+    for event in tail_events(files):
         if event.get("kind") == PHASE:
             name = str(event.get("name", phase))
             phase = f"after {name}" if event.get("state") == "end" else name
@@ -137,12 +150,13 @@ def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt,
             values = event.get("values", {})
             if TRAIN_LOSS in values:  # the steps of other metrics are not the optimiser's
                 step, loss = int(event.get("step", step)), values[TRAIN_LOSS]
-                phase = "train" if phase == "queued" else phase
+                phase = "train" if phase in (QUEUED, START) else phase
         else:
-            phase = "start" if phase == "queued" else phase
+            phase = START if phase == QUEUED else phase
     return RunningRun(
         owner=owner, seed=seed, run_id=attempt.run_id, phase=phase, step=step,
-        steps=0 if study.script else study.config.schedule.steps, loss=loss, seconds=max(0.0, now - attempt.submitted),
+        steps=0 if study.script else study.config.schedule.steps, loss=loss,
+        seconds=max(0.0, now - (claim.began if claim and claim.began else attempt.submitted)),
     )  # fmt: skip
 
 
@@ -191,11 +205,9 @@ def duration_text(seconds: float) -> str:
 def summary_text(study: Study, now: Snapshot) -> str:
     """One line: what is done, running and left."""
     parts = [f"{now.complete} of {now.runs_asked} runs done"]
-    parts += [
-        f"{count} {word}"
-        for count, word in ((now.failed, "failed"), (now.stopped, "stopped"), (len(now.running), "running"))
-        if count
-    ]
+    queued = sum(run.is_queued for run in now.running)
+    counts = {"failed": now.failed, "stopped": now.stopped, "running": len(now.running) - queued, "queued": queued}
+    parts += [f"{count} {word}" for word, count in counts.items() if count]
     if now.best is not None and now.best.value is not None:
         parts.append(f"best {now.best.value:.5f} (trial {now.best.number})")
     if now.seconds_left is not None:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -5,6 +6,8 @@ from make_study import Maker, make_record, make_study, result_of, sampled_params
 from rich.console import Console
 
 from orchestrator import ledger
+from orchestrator.allocation import Allocation
+from orchestrator.claims import claim_for, make_claim
 from orchestrator.evidence import read_study
 from orchestrator.progress import (
     HEARTBEAT_SECONDS,
@@ -72,6 +75,22 @@ def test_a_job_without_events_is_queued(tmp_path):
     maker.submit(run)
     [running] = look(maker.home)[1].running
     assert (running.phase, running.step, running.loss) == ("queued", 0, None)
+
+
+def test_what_waits_in_a_queue_has_done_nothing_and_is_not_counted_as_running(tmp_path):
+    """Submitted an hour ago; begun a minute ago, or not yet."""
+    maker = Maker(tmp_path)
+    done, begun, waiting = (maker.ask_trial(n, sampled_params(maker.study, n))[1] for n in range(3))
+    maker.complete(done)
+    median = maker.ledger.state().attempts_of(done.run_id)[0].seconds
+    files, now = maker.submit(begun), maker.clock + 3600
+    maker.submit(waiting)
+    make_claim(files, dataclasses.replace(claim_for(Allocation()), began=now - 20))
+    study, found = look(maker.home, now=now)
+    assert [(run.phase, run.seconds) for run in found.running] == [("start", 20), ("queued", 3600)]
+    assert found.seconds_left == pytest.approx((13 * median - 20) / study.resources.slots)
+    assert summary_text(study, found).startswith(f"{NAME}: 1 of 14 runs done, 1 running, 1 queued, ")
+    assert running_text(found.running[1]) == "trial 2, seed 1: queued, 1 h 00 min"
 
 
 def test_a_best_point_that_is_the_preset_is_confirmed_once(tmp_path):
@@ -217,7 +236,7 @@ def test_a_damaged_ledger_state_does_not_end_the_display(tmp_path):
     for attempt in state.attempts.values():
         home.run(attempt.run_id).attempt(attempt.number).events.unlink(missing_ok=True)
     Progress(study, RunStore(home), stream).show(state)
-    assert "2 running" in stream.getvalue()
+    assert "2 queued" in stream.getvalue()
 
 
 def test_the_chunks_of_test_time_training_are_not_steps(tmp_path):
