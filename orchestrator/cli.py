@@ -22,7 +22,15 @@ from orchestrator.data_commands import data_fetch, data_prepare, data_verify
 from orchestrator.errors import CaddieError, MachineError
 from orchestrator.home import Home, default_home
 from orchestrator.record_commands import audit, compare, import_records, package_record, report, review_folder, verify
-from orchestrator.study_commands import study_check, study_enqueue, study_list, study_run, study_status, study_stop
+from orchestrator.study_commands import (
+    study_check,
+    study_enqueue,
+    study_list,
+    study_retry,
+    study_run,
+    study_status,
+    study_stop,
+)
 from orchestrator.terminal import fail
 from orchestrator.view_commands import costs, doctor, track, ui
 from trainer.protocol import STAGES, storage_error
@@ -183,12 +191,13 @@ def _add_study(top: Adder) -> None:
     for name, call, sentence in (
         ("status", study_status, "where a study stands"),
         ("stop", study_stop, "end a study after its running jobs"),
+        ("retry", study_retry, "attempt a study's failed runs again, once their cause is mended"),
     ):
         parser = commands.add(name, call, sentence, f"caddie study {name} wd-qk-ttt-smoke")
         parser.add_argument("study", metavar="STUDY", help="a study's name")
         if name == "status":
             _add_json(parser)
-        else:
+        elif name == "stop":
             parser.add_argument("--cancel", action="store_true", help="stop the running jobs as well")
     _add_json(commands.add("list", study_list, "every study and where it stands", "caddie study list"))
 

@@ -86,7 +86,7 @@ def climb(home: Home, rungs: Sequence[Study], *, last: int, run: Run) -> End:
         _forget(stop)
     for number, study in enumerate(rungs[: last + 1]):
         state = states_of(home, [study])[0]
-        if number < last and ladder.is_finished(study, state):
+        if number < last and ladder.is_finished(study, state) and not home.study(study.name).retry.exists():
             _require_same(study, state)
             continue
         told = approach(home, rungs, number) if number else None

@@ -48,6 +48,10 @@ class StudyDir:
         return self.root / "stop"
 
     @property
+    def retry(self) -> Path:  # asks the controller, or the next one, to attempt failed runs again
+        return self.root / "retry"
+
+    @property
     def queue(self) -> Path:  # points that people want tried next, a file each
         return self.root / "queue"
 

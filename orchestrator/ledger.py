@@ -26,11 +26,11 @@ TRIAL_TOLD = "trial_told"  # trial, state, value, constraints, measures {name: v
 ARM_ASKED = "arm_asked"  # arm, trial, params, runs {seed: run_id}
 SUBMITTING = "submitting"  # run_id, attempt, tag, resources: the intention, before the scheduler hears of it
 SUBMITTED = "submitted"  # run_id, attempt, job_id
-ENDED = (
-    "ended"  # run_id, attempt, status, failure (kind or null), began (null where it never did), seconds, gpus; where
-)
-# known nodes [name], is_refused
+# run_id, attempt, status, failure (kind or null), began (null where it never did), seconds, gpus; where known nodes [name],
+# is_refused
+ENDED = "ended"
 STOP_ASKED = "stop_asked"  # run_id, attempt, reason
+RETRIED = "retried"  # runs [id] whose attempts so far count no more, trials [number] that wait for them again
 CLOSED = "closed"  # reason
 
 RUNNING, COMPLETE, PRUNED, FAILED = "running", "complete", "pruned", "failed"  # state of a trial
@@ -148,6 +148,8 @@ class StudyState:
     opened_at: float = 0.0
     _attempts_by_run: dict[str, list[Attempt]] = field(default_factory=dict, repr=False, compare=False)
     _node_failures: dict[str, list[float]] = field(default_factory=dict, repr=False, compare=False)
+    _forgiven: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Number of a run's last attempt that counts no more, by run."""
 
     def __post_init__(self) -> None:
         for attempt in self.attempts.values():
@@ -184,9 +186,9 @@ class StudyState:
 
         What was cancelled, or found the disk full or the data damaged, is wanted again however often; what the machine
         failed, `max_attempts` times. A node that was refused before the run began counts from its second refusal on, and
-        pre-emption, which may come however often, from MOST_PREEMPTIONS on.
+        pre-emption, which may come however often, from MOST_PREEMPTIONS on. Nothing counts that came before a retry.
         """
-        attempts = self.attempts_of(run_id)
+        attempts = [a for a in self.attempts_of(run_id) if a.number > self._forgiven.get(run_id, 0)]
         if not attempts:
             return WANTED
         last = attempts[-1]
@@ -198,6 +200,17 @@ class StudyState:
         lost = sum(attempt.failure in RETRYABLE for attempt in attempts) - min(preempted, MOST_PREEMPTIONS)
         lost -= len({attempt.nodes for attempt in attempts if attempt.is_refused})
         return WANTED if last.failure in RETRYABLE and lost < max_attempts else SETTLED
+
+    def retry(self, runs: Iterable[str], trials: Iterable[int]) -> None:
+        """Want runs again whatever came of them, and wait for these trials again; what was held against nodes is forgotten."""
+        for run_id in runs:
+            self._forgiven[run_id] = max((attempt.number for attempt in self.attempts_of(run_id)), default=0)
+        for number in trials:
+            old = self.trials[number]
+            self.trials[number] = Trial(
+                number=number, origin=old.origin, params=old.params, runs=old.runs, queued=old.queued
+            )
+        self._node_failures.clear()
 
     @property
     def excluded_nodes(self) -> list[str]:
@@ -263,6 +276,8 @@ def apply(state: StudyState, record: Mapping[str, Any]) -> None:
         attempt.began, attempt.seconds, attempt.gpus = record.get("began"), record["seconds"], record["gpus"]
         attempt.nodes, attempt.is_refused = tuple(record.get("nodes", ())), record.get("is_refused", False)
         state.note_nodes(attempt, record["time"])
+    elif kind == RETRIED:
+        state.retry(record["runs"], record["trials"])
     elif kind == CLOSED:
         state.closed = record["reason"]
     else:

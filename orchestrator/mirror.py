@@ -196,7 +196,7 @@ class _StudySync:
 
     def _sync_owner(self, study_run: MlflowRun, owner: Trial | Arm, *, key: str) -> None:
         found = self.store.run_of(self.experiment_id, key)
-        if found is not None and found.is_whole:
+        if found is not None and found.is_whole and found.tags.get(entries.MIRRORED) == self._stand_of(owner):
             return
         found = found or self._create_owner(study_run, owner, key)
         ended = [
@@ -237,10 +237,19 @@ class _StudySync:
             state = protocol.COMPLETE if len(complete) == len(owner.runs) else protocol.FAILED
             status = entries.RUN_STATUS[state]
         note = entries.owner_note(owner, self.study.search.objective, values)
-        tags = {views.STATUS: state, entries.NOTE: note, entries.MIRRORED: "whole"}
+        tags = {views.STATUS: state, entries.NOTE: note, entries.MIRRORED: self._stand_of(owner)}
         self.store.log_metrics(found, entries.final_points(values, ended), tags)
         self.store.finish(found, status, ended)
         found.is_whole = True
+
+    def _stand_of(self, owner: Trial | Arm) -> str:
+        """What changes when an owner that had ended goes on: an arm gets further seeds, a failed run further attempts."""
+        last = [self._last_attempt(run_id) for run_id in owner.runs.values()]
+        return f"{owner.state if isinstance(owner, Trial) else 'arm'}, last attempts {last}"
+
+    def _last_attempt(self, run_id: str) -> int:
+        """Number of a run's last attempt by the study's ledger; 0 where it made none."""
+        return max((attempt.number for attempt in self.state.attempts_of(run_id)), default=0)
 
     def _result(self, run_id: str) -> Result | None:
         try:
@@ -253,7 +262,7 @@ class _StudySync:
     def _sync_seed(self, owner_run: MlflowRun, owner: Trial | Arm, seed: int, run_id: str, *, key: str) -> bool:
         """Mirror one run; returns whether it has ended. A damaged file is reported and ends the mirroring of this run only."""
         known = self.store.run_of(self.experiment_id, key)
-        if known is not None and known.is_whole:
+        if known is not None and known.is_whole and known.attempt >= self._last_attempt(run_id):
             return True
         try:
             attempt = self.runs.deciding_attempt(run_id)

@@ -17,6 +17,7 @@ from orchestrator.evidence import read_study, study_names
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.lock import Holder
+from orchestrator.retries import failed_runs
 from trainer.protocol import write_bytes_atomically
 
 
@@ -193,6 +194,25 @@ def _ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     if cancel:
         return f"{name}: asked its controller to stop the jobs and end"
     return f"{name}: asked its controller to end after the running jobs"
+
+
+def ask_to_retry(home: Home, name: str) -> str:
+    """Ask that a study's failed runs are attempted again; what will be done, in words. Of a ladder it is the rung that was
+    begun last.
+
+    The controller alone decides: the one that works on the study, or the next. Raises ConfigError, ProtocolError,
+    StorageError.
+    """
+    rungs = climb.find(home, name)
+    name = climb.current(home, rungs).name if rungs else name
+    study, state = read_study(home, name)
+    failed = failed_runs(state, max_attempts=study.resources.max_attempts)
+    if not failed:
+        return f"{name}: no run failed that another attempt could bring to a score"
+    files = home.study(name)
+    write_bytes_atomically(files.retry, b"")
+    when = "its controller takes it up" if lock.holder(files) else "give the study's command again, it begins with them"
+    return "\n".join([f"{name}: to be attempted again; {when}", *(f"  {run.text}" for run in failed)])
 
 
 def _word(*, cancel: bool) -> bytes:

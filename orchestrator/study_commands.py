@@ -1,4 +1,4 @@
-"""`caddie study`: a study checked, run, looked at, stopped, and given points by hand."""
+"""`caddie study`: a study checked, run, looked at, stopped, mended, and given points by hand."""
 
 from __future__ import annotations
 
@@ -107,6 +107,14 @@ def study_stop(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import oversight
 
     print(oversight.ask_to_stop(home, arguments.study, cancel=arguments.cancel))
+    return 0
+
+
+def study_retry(arguments: argparse.Namespace, home: Home) -> int:
+    from orchestrator import oversight
+
+    home.require_writable()
+    print(oversight.ask_to_retry(home, arguments.study))
     return 0
 
 

@@ -28,6 +28,7 @@ from orchestrator.interrupts import Interrupts
 from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
 from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
 from orchestrator.purse import BY_DAY, BY_STUDY, Purse, confirmation_cost, next_day, run_cost
+from orchestrator.retries import FailedRun, failed_runs
 from orchestrator.runs import RESUMABLE, VALIDATIONS, RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
 from orchestrator.source_run import Sources
@@ -193,6 +194,9 @@ class Controller:
     def _loop(self) -> None:
         while True:
             self.ledger.guard()
+            if self.files.retry.exists():
+                self._forget()
+                self._open()
             self._leave_to_mend(self._observe())
             self._stop_early()
             self._tell()
@@ -241,14 +245,34 @@ class Controller:
             identity |= self.sources.identity
         require_same(self.study.name, self.state, identity)
         is_same = (self.state.source, self.state.identity) == (self.study.source, identity)
-        if not is_same or self.state.closed not in (None, ledger.FINISHED):
+        failed = self._asked_to_retry()
+        if not is_same or failed or self.state.closed not in (None, ledger.FINISHED):
             self.ledger.decide(
                 ledger.OPENED, source=self.study.source, digest=self.study.digest, identity=identity, caddie=__version__
             )
+        self._retry(failed)
         self.search.rebuild(self.state)
         self.attempts.reattach()
         self.purse.reconcile(self.state, run_cost(self.study))
         self._inherited = {(attempt.run_id, attempt.number) for attempt in self.attempts.open}
+
+    def _asked_to_retry(self) -> list[FailedRun]:
+        """The failed runs, where somebody asks for them again."""
+        is_asked = self.files.retry.exists()
+        return failed_runs(self.state, max_attempts=self.study.resources.max_attempts) if is_asked else []
+
+    def _retry(self, failed: list[FailedRun]) -> None:
+        """Want these runs again. Raises StorageError."""
+        if failed:
+            trials = {run.owner.number for run in failed if isinstance(run.owner, Trial)}
+            runs = list(dict.fromkeys(run.run_id for run in failed))
+            self.ledger.decide(ledger.RETRIED, runs=runs, trials=sorted(trials))
+            for run in failed:
+                self.progress.note(f"attempted again: {run.text}")
+        try:
+            self.files.retry.unlink(missing_ok=True)
+        except OSError as error:
+            raise protocol.storage_error(error, self.files.retry) from error
 
     def _leave_to_mend(self, ended: list[Attempt]) -> None:
         """Leave where a run found the disk full or the data damaged: the next would too, and it says nothing of the trial.
@@ -553,7 +577,8 @@ class Controller:
         log = f"\n{logs[-1]}" if logs else ""
         raise StudyFailed(
             f"{self.study.name}: {what}{log}",
-            hint="mend the cause, then give the same command again: it goes on to the total number of trials",
+            hint=f"mend the cause, then `caddie study retry {self.study.name}` and the same command: what failed is attempted "
+            "again, and the study goes on to its total number of trials",
         )
 
 

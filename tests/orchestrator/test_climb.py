@@ -78,6 +78,22 @@ def test_agreement_that_is_not_known_is_none(home):
     assert any("how well mid agrees with the rung below it is not known" in note for note in end.notes)
 
 
+def test_failed_runs_of_the_rung_that_was_begun_last_are_attempted_again_before_the_next(home):
+    def launcher(study):
+        def behave(run, attempt, spec):
+            is_lost = study.rung_name == "mid" and spec.config["optim"]["muon_weight_decay"] <= 0.05
+            return None if is_lost else scored(run, attempt, spec)
+
+        return FakeLauncher(behaviours={"*": behave})
+
+    rungs = rungs_of_text(rungs=LEAST, resources="max_attempts = 1")
+    assert climb_with_fakes(home, rungs, launcher=launcher).study.name == "tiny-mid"
+    told = oversight.ask_to_retry(home, "tiny")
+    assert told.startswith("tiny-mid: to be attempted again; give the study's command again")
+    assert climb_with_fakes(home, rungs).study.name == "tiny"
+    assert {trial.state for trial in Ledger(home.study("tiny-mid").ledger).state().trials.values()} == {"complete"}
+
+
 def test_fewer_points_than_asked_for_are_told(home):
     rungs = rungs_of_text()
     few = trials_of(1.0, 1.1, 1.2)

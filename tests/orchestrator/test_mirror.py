@@ -280,6 +280,50 @@ def test_a_run_that_the_next_controller_attempts_again_is_left_running(tmp_path,
     assert runs_by_key(home)["trial/0/seed/1"].info.status == "RUNNING"
 
 
+def test_a_failed_run_that_is_asked_for_again_is_replaced_and_its_trial_and_arm_go_on(tmp_path, in_home):
+    maker = Maker(tmp_path)
+    [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
+    maker.fail(run, protocol.TIMEOUT, "ended after 600 s")
+    maker.tell(0, ledger.FAILED, reason="timeout: ended after 600 s")
+    arm = maker.ask_arm("preset", 0, maker.study.preset_params(), (42, 314))
+    maker.complete(arm[42])
+    maker.fail(arm[314], protocol.TIMEOUT, "ended after 600 s")
+    maker.append(ledger.CLOSED, reason="failed")
+    home = in_home(maker.home)
+    Mirror(home).sync(NAME)
+    before = runs_by_key(home)
+    assert [before[key].info.status for key in ("trial/0", "trial/0/seed/1", "arm/preset")] == ["FAILED"] * 3
+    maker.append(ledger.OPENED, source=maker.study.source, digest="", caddie="0.1.0")
+    maker.append(ledger.RETRIED, runs=[run.run_id, arm[314].run_id], trials=[0])
+    result = maker.complete(run, number=2)
+    maker.tell(0, ledger.COMPLETE, value=result.scores["ttt"].bpb)
+    maker.complete(arm[314], number=2)
+    mirror = Mirror(home)
+    mirror.sync(NAME)
+    after = runs_by_key(home)
+    keys = ("trial/0", "trial/0/seed/1", "arm/preset", "arm/preset/seed/42", "arm/preset/seed/314")
+    assert [after[key].info.status for key in keys] == ["FINISHED"] * 5
+    assert after["trial/0"].data.metrics["objective_bpb"] == result.scores["ttt"].bpb
+    assert after["arm/preset"].info.run_id == before["arm/preset"].info.run_id
+    assert after["arm/preset/seed/42"].info.run_id == before["arm/preset/seed/42"].info.run_id
+    assert after["arm/preset/seed/314"].data.tags["caddie.attempt"] == "2"
+
+
+def test_an_arm_that_gets_further_seeds_after_it_was_whole_shows_them(tmp_path, in_home):
+    """A race goes on, or a design gets further checkpoints."""
+    maker = Maker(tmp_path)
+    for run in maker.ask_arm("preset", 0, maker.study.preset_params(), (42, 314)).values():
+        maker.complete(run)
+    home = in_home(maker.home)
+    Mirror(home).sync(NAME)
+    assert runs_by_key(home)["arm/preset"].info.status == "FINISHED"
+    maker.complete(maker.ask_arm("preset", 0, maker.study.preset_params(), (42, 314, 999))[999])
+    Mirror(home).sync(NAME)
+    found = runs_by_key(home)
+    assert found["arm/preset/seed/999"].info.status == "FINISHED"
+    assert found["arm/preset"].data.metrics["final/ttt_bpb"] == gather(home, NAME).arms[0].summary("ttt").mean
+
+
 def test_a_run_whose_worker_died_without_a_result_fails_by_the_ledger(tmp_path, in_home):
     maker = Maker(tmp_path)
     [run] = maker.ask_trial(0, sampled_params(maker.study, 0)).values()
