@@ -22,6 +22,7 @@ from orchestrator.data_commands import data_fetch, data_prepare, data_verify
 from orchestrator.errors import CaddieError, MachineError
 from orchestrator.home import Home, default_home
 from orchestrator.record_commands import audit, compare, import_records, package_record, report, review_folder, verify
+from orchestrator.retries import NAMEABLE
 from orchestrator.study_commands import (
     study_check,
     study_enqueue,
@@ -191,14 +192,22 @@ def _add_study(top: Adder) -> None:
     for name, call, sentence in (
         ("status", study_status, "where a study stands"),
         ("stop", study_stop, "end a study after its running jobs"),
-        ("retry", study_retry, "attempt a study's failed runs again, once their cause is mended"),
     ):
         parser = commands.add(name, call, sentence, f"caddie study {name} wd-qk-ttt-smoke")
         parser.add_argument("study", metavar="STUDY", help="a study's name")
         if name == "status":
             _add_json(parser)
-        elif name == "stop":
+        else:
             parser.add_argument("--cancel", action="store_true", help="stop the running jobs as well")
+    parser = commands.add(
+        "retry", study_retry, "attempt a study's failed runs again, once their cause is mended",
+        "caddie study retry wd-qk-ttt-smoke",
+    )  # fmt: skip
+    parser.add_argument("study", metavar="STUDY", help="a study's name")
+    parser.add_argument(
+        "--failure", action="append", default=[], choices=sorted(NAMEABLE), metavar="KIND",
+        help="trials too that failed of themselves in this way: config, out_of_memory, timeout; may be repeated",
+    )  # fmt: skip
     _add_json(commands.add("list", study_list, "every study and where it stands", "caddie study list"))
 
 

@@ -18,10 +18,7 @@ from orchestrator import ledger
 from orchestrator.ledger import Trial
 from orchestrator.points import frozen, is_inside, label, space_of
 from orchestrator.study import Study
-from trainer.protocol import CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT
-
-POINT_FAILURES = frozenset({CONFIG, NOT_FINITE, OUT_OF_MEMORY, OVER_CAP, TIMEOUT})
-"""Kinds of failure that the point is to blame for: a sampler that learns nothing from them proposes the same again."""
+from orchestrator.verdict import POINT_FAILURES
 
 FAILED_CONSTRAINT = "failed"  # 1 for a trial that failed by its point, 0 for another; for the samplers alone
 MODELS_OF_COMPLETE = frozenset({"gp", "cmaes"})  # samplers that leave out pruned trials
@@ -143,7 +140,7 @@ class Shown(InMemoryStorage):
 
 
 def is_failed_by_point(trial: Trial) -> bool:
-    """Whether a trial failed because of where it lies, and not by the machine or the code."""
+    """Whether a trial failed because of where it lies: a sampler that learns nothing from it proposes the same again."""
     return trial.state == ledger.FAILED and trial.failure in POINT_FAILURES
 
 

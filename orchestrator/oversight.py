@@ -1,9 +1,10 @@
-"""Looking at studies, and asking one to stop, from beside its controller."""
+"""Looking at studies, and asking one to stop or to try again, from beside its controller."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.lock import Holder
 from orchestrator.retries import failed_runs
-from trainer.protocol import write_bytes_atomically
+from trainer.protocol import read_json, write_bytes_atomically, write_json_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,23 +197,27 @@ def _ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     return f"{name}: asked its controller to end after the running jobs"
 
 
-def ask_to_retry(home: Home, name: str) -> str:
+def ask_to_retry(home: Home, name: str, *, kinds: Collection[str] = ()) -> str:
     """Ask that a study's failed runs are attempted again; what will be done, in words. Of a ladder it is the rung that was
     begun last.
 
-    The controller alone decides: the one that works on the study, or the next. Raises ConfigError, ProtocolError,
-    StorageError.
+    `kinds`: failures of trials' own points that are meant too, of retries.NAMEABLE. The controller alone decides: the one
+    that works on the study, or the next. Raises ConfigError, ProtocolError, StorageError.
     """
     rungs = climb.find(home, name)
     name = climb.current(home, rungs).name if rungs else name
     study, state = read_study(home, name)
-    failed = failed_runs(state, max_attempts=study.resources.max_attempts)
+    files, most = home.study(name), study.resources.max_attempts
+    known = read_json(files.retry)["kinds"] if files.retry.exists() else []
+    meant = sorted({*known, *kinds})
+    failed = failed_runs(state, max_attempts=most, kinds=meant)
+    left = Counter(run.failure for run in failed_runs(state, max_attempts=most) if run not in failed)
+    told = [f"  left to the search: {count} by {kind}; --failure {kind} takes them too" for kind, count in left.items()]
     if not failed:
-        return f"{name}: no run failed that another attempt could bring to a score"
-    files = home.study(name)
-    write_bytes_atomically(files.retry, b"")
+        return "\n".join([f"{name}: no run failed that another attempt could bring to a score", *told])
+    write_json_atomically(files.retry, {"kinds": meant})
     when = "its controller takes it up" if lock.holder(files) else "give the study's command again, it begins with them"
-    return "\n".join([f"{name}: to be attempted again; {when}", *(f"  {run.text}" for run in failed)])
+    return "\n".join([f"{name}: to be attempted again; {when}", *(f"  {run.text}" for run in failed), *told])
 
 
 def _word(*, cancel: bool) -> bytes:

@@ -28,9 +28,10 @@ from orchestrator.front import front, front_table, measured
 from orchestrator.gates import Verdict, find_gates
 from orchestrator.home import Home, StudyDir
 from orchestrator.interleave import Block
-from orchestrator.ledger import BEST_ARM, PRESET_ARM
+from orchestrator.ledger import BEST_ARM, PRESET_ARM, Arm
 from orchestrator.page import GateLine, Listing, Section, render_page
 from orchestrator.published import published_split
+from orchestrator.retries import failed_runs
 from orchestrator.statistics import CONFIDENCE, STD_CONVENTION, Difference, PairedDifference
 from orchestrator.tables import (
     CITED,
@@ -404,6 +405,11 @@ def warnings(evidence: Evidence) -> list[str]:
     if evidence.state.closed != "finished":
         found.append(
             f"The study {'was ' + evidence.state.closed if evidence.state.closed else 'is not finished'}: this is its state so far."
+        )
+    failed = failed_runs(evidence.state, max_attempts=evidence.study.resources.max_attempts, kinds=())
+    if any(isinstance(run.owner, Arm) for run in failed):
+        found.append(
+            f"Failed seeds are attempted again, once their cause is mended: caddie study retry {evidence.study.name}"
         )
     for arm in evidence.arms:
         for run in arm.missing:

@@ -1,19 +1,23 @@
 """Retries: runs that failed are attempted again when somebody asks for it, having mended the cause.
 
 What a run came to is not asked again: a loss that is no number and a file over the cap are outcomes, and to draw again
-until another comes would be to choose.
+until another comes would be to choose. A trial that failed because of where it lies is left to the search that learned from
+it, unless that kind of failure is named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from orchestrator import ledger
 from orchestrator.ledger import Arm, StudyState, Trial
+from orchestrator.verdict import POINT_FAILURES
 from trainer.protocol import FAILED, NOT_FINITE, OVER_CAP
 
 OUTCOMES = frozenset({NOT_FINITE, OVER_CAP})
+NAMEABLE = POINT_FAILURES - OUTCOMES
+"""Kinds of failure of trials that are attempted again where they are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +35,33 @@ class FailedRun:
         owner = f"trial {self.owner.number}" if isinstance(self.owner, Trial) else f"arm {self.owner.name}"
         return f"{owner}, seed {self.seed} ({self.failure})"
 
+    @property
+    def is_by_point(self) -> bool:
+        """Whether a trial failed because of where it lies; of an arm a score is wanted by all means."""
+        return isinstance(self.owner, Trial) and self.failure in POINT_FAILURES
 
-def failed_runs(state: StudyState, *, max_attempts: int) -> list[FailedRun]:
-    """The runs of failed trials and of arms that another attempt may bring to a score, in the order in which they were asked."""
+
+def failed_runs(state: StudyState, *, max_attempts: int, kinds: Collection[str] = NAMEABLE) -> list[FailedRun]:
+    """The runs of failed trials, and of arms, that another attempt may bring to a score, in the order in which they were asked.
+
+    `kinds`: those of NAMEABLE that are meant too.
+    """
     owners: list[Trial | Arm] = [
-        trial for trial in state.trials.values() if trial.state == ledger.FAILED and trial.failure not in OUTCOMES
+        *(trial for trial in state.trials.values() if trial.state == ledger.FAILED),
+        *state.arms.values(),
     ]
-    return [found for owner in [*owners, *state.arms.values()] for found in _failed_of(owner, state, max_attempts)]
+    found = [
+        FailedRun(run_id=run_id, owner=owner, seed=seed, failure=kind)
+        for owner in owners
+        for seed, run_id in owner.runs.items()
+        if (kind := _failure_of(run_id, state, max_attempts)) and kind not in OUTCOMES
+    ]
+    return [run for run in found if not run.is_by_point or run.failure in kinds]
 
 
-def _failed_of(owner: Trial | Arm, state: StudyState, max_attempts: int) -> Iterator[FailedRun]:
-    for seed, run_id in owner.runs.items():
-        if state.standing(run_id, max_attempts=max_attempts) != ledger.SETTLED:
-            continue
-        last = state.attempts_of(run_id)[-1]
-        if last.status == FAILED and last.failure is not None and last.failure not in OUTCOMES:
-            yield FailedRun(run_id=run_id, owner=owner, seed=seed, failure=last.failure)
+def _failure_of(run_id: str, state: StudyState, max_attempts: int) -> str | None:
+    """The kind of failure with which a run is settled; None for one that is not, or that has not failed."""
+    if state.standing(run_id, max_attempts=max_attempts) != ledger.SETTLED:
+        return None
+    last = state.attempts_of(run_id)[-1]
+    return last.failure if last.status == FAILED else None

@@ -114,7 +114,7 @@ def study_retry(arguments: argparse.Namespace, home: Home) -> int:
     from orchestrator import oversight
 
     home.require_writable()
-    print(oversight.ask_to_retry(home, arguments.study))
+    print(oversight.ask_to_retry(home, arguments.study, kinds=arguments.failure))
     return 0
 
 

@@ -257,9 +257,11 @@ class Controller:
         self._inherited = {(attempt.run_id, attempt.number) for attempt in self.attempts.open}
 
     def _asked_to_retry(self) -> list[FailedRun]:
-        """The failed runs, where somebody asks for them again."""
-        is_asked = self.files.retry.exists()
-        return failed_runs(self.state, max_attempts=self.study.resources.max_attempts) if is_asked else []
+        """The failed runs that somebody asks for again. Raises ProtocolError."""
+        if not self.files.retry.exists():
+            return []
+        kinds = protocol.read_json(self.files.retry)["kinds"]
+        return failed_runs(self.state, max_attempts=self.study.resources.max_attempts, kinds=kinds)
 
     def _retry(self, failed: list[FailedRun]) -> None:
         """Want these runs again. Raises StorageError."""
@@ -577,9 +579,15 @@ class Controller:
         log = f"\n{logs[-1]}" if logs else ""
         raise StudyFailed(
             f"{self.study.name}: {what}{log}",
-            hint=f"mend the cause, then `caddie study retry {self.study.name}` and the same command: what failed is attempted "
-            "again, and the study goes on to its total number of trials",
+            hint=self._remedy(),
         )
+
+    def _remedy(self) -> str:
+        failed = failed_runs(self.state, max_attempts=self.study.resources.max_attempts)
+        if not failed:
+            return "the same command goes on, where more trials are asked for"
+        named = "".join(f" --failure {kind}" for kind in sorted({run.failure for run in failed if run.is_by_point}))
+        return f"mend the cause, then `caddie study retry {self.study.name}{named}`, and the same command again"
 
 
 def _as_storage_error(error: OSError | StorageError, place: Path) -> StorageError:

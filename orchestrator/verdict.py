@@ -12,6 +12,11 @@ from orchestrator.study import Study
 from trainer import protocol
 from trainer.protocol import Result
 
+POINT_FAILURES = frozenset(
+    {protocol.CONFIG, protocol.NOT_FINITE, protocol.OUT_OF_MEMORY, protocol.OVER_CAP, protocol.TIMEOUT}
+)
+"""Kinds of failure of a trial that its point is to blame for, and not the machine or the code."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:

@@ -24,6 +24,7 @@ from orchestrator.presets import load_preset
 from orchestrator.report import claim, render_text, write_report
 from orchestrator.runs import RunRequest
 from orchestrator.statistics import difference
+from trainer import protocol
 
 NAME = "wd-qk-ttt-smoke"
 
@@ -268,6 +269,18 @@ def test_a_seed_without_a_result_keeps_its_row_with_the_reason(tmp_path):
     assert [(row["seed"], row["state"], row["ttt_bpb"] == "") for row in rows] == [
         ("42", "complete", False), ("314", "failed", True), ("999", "complete", False),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [(protocol.TIMEOUT, True), (protocol.NOT_FINITE, False)])
+def test_a_failed_seed_that_another_attempt_may_mend_has_its_remedy(tmp_path, kind, is_told):
+    maker = Maker(tmp_path)
+    search(maker, 1)
+    runs = maker.ask_arm("preset", 0, maker.study.preset_params(), (42, 314))
+    maker.complete(runs[42])
+    maker.fail(runs[314], kind, "it went wrong")
+    maker.append(ledger.CLOSED, reason="finished")
+    text = render_text(write_report(maker.home, NAME))
+    assert (f"once their cause is mended: caddie study retry {NAME}" in text) == is_told
 
 
 def test_one_complete_seed_has_no_interval_and_nothing_follows(tmp_path):

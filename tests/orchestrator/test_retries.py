@@ -61,6 +61,40 @@ def test_what_a_run_came_to_is_not_asked_again(home, kind):
     assert not home.study("tiny").retry.exists()
 
 
+def test_points_that_failed_by_themselves_are_left_to_the_search_unless_they_are_named(home):
+    """A study whose points ran out of memory and time has learned from them; its time limit may have been the mistake."""
+    study = tiny_study(trials=4, confirm=None)
+    kinds = {1: OUT_OF_MEMORY, 2: TIMEOUT, 3: CODE}
+
+    def break_some(run, attempt, spec):
+        kind = kinds.get(spec.trial)
+        return failed(kind)(run, attempt, spec) if kind else scored(run, attempt, spec)
+
+    controller(study, home, launcher=FakeLauncher(behaviours={"*": break_some})).run()
+    assert ask_to_retry(home, "tiny").splitlines()[1:] == [
+        "  trial 3, seed 1 (code)",
+        "  left to the search: 1 by out_of_memory; --failure out_of_memory takes them too",
+        "  left to the search: 1 by timeout; --failure timeout takes them too",
+    ]
+    told = ask_to_retry(home, "tiny", kinds=[TIMEOUT])  # beside what was asked for before
+    assert [line for line in told.splitlines() if "left" in line] == [
+        "  left to the search: 1 by out_of_memory; --failure out_of_memory takes them too"
+    ]
+    state = controller(study, home).run()
+    assert [trial.state for trial in state.trials.values()] == ["complete", "failed", "complete", "complete"]
+
+
+def test_the_remedy_names_the_kind_of_failure_that_all_trials_had(home):
+    study = tiny_study(trials=2, confirm=None)
+    with pytest.raises(StudyFailed) as caught:
+        controller(study, home, launcher=FakeLauncher(behaviours={"*": failed(TIMEOUT)})).run()
+    assert "`caddie study retry tiny --failure timeout`" in caught.value.hint
+    diverged = tiny_study(trials=2, confirm=None, name="other")
+    with pytest.raises(StudyFailed) as caught:
+        controller(diverged, home, launcher=FakeLauncher(behaviours={"*": failed(NOT_FINITE)})).run()
+    assert "retry" not in caught.value.hint
+
+
 def test_a_finished_study_runs_its_one_failed_seed_and_nothing_else(home):
     study = tiny_study(trials=2)
     first = study.confirm.seeds[0]
