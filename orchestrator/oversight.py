@@ -214,7 +214,8 @@ def ask_to_retry(home: Home, name: str, *, kinds: Collection[str] = ()) -> str:
     left = Counter(run.failure for run in failed_runs(state, max_attempts=most) if run not in failed)
     told = [f"  left to the search: {count} by {kind}; --failure {kind} takes them too" for kind, count in left.items()]
     if not failed:
-        return "\n".join([f"{name}: no run failed that another attempt could bring to a score", *told])
+        why = "nothing is attempted again" if told else "no run failed that another attempt could bring to a score"
+        return "\n".join([f"{name}: {why}", *told])
     write_json_atomically(files.retry, {"kinds": meant})
     when = "its controller takes it up" if lock.holder(files) else "give the study's command again, it begins with them"
     return "\n".join([f"{name}: to be attempted again; {when}", *(f"  {run.text}" for run in failed), *told])
