@@ -291,7 +291,7 @@ class SlurmLauncher:
     def ending(self, attempt: AttemptDir, *, tag: str) -> Ending | None:
         """Why an attempt that is gone left no result: what Slurm says of its job, or that it fell silent."""
         job = self.table.last(tag, self._ids.get(tag, ""))
-        if job is not None and job.meaning.standing == ENDED:
+        if job is not None and job.meaning.kind:
             words = f" on {job.nodes}" if job.nodes else ""
             return Ending(
                 kind=job.meaning.kind, message=f"{job.meaning.words} (Slurm: job {job.job_id} {job.state}{words})"

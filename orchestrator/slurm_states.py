@@ -12,7 +12,7 @@ QUEUED, RUNNING, ENDED = "queued", "running", "ended"
 
 @dataclass(frozen=True)
 class Meaning:
-    """Where a job stands, and of an ended one why its attempt, which left no result, has failed."""
+    """Where a job stands, and why its attempt, of which nothing is heard and which left no result, has failed."""
 
     standing: str
     kind: str = ""
@@ -20,6 +20,7 @@ class Meaning:
 
 
 _WAITS, _RUNS = Meaning(QUEUED), Meaning(RUNNING)
+_STANDS_STILL = Meaning(RUNNING, PREEMPTED, "the job was suspended, and training by the clock cannot wait")
 
 STATES = {
     "PENDING": _WAITS,
@@ -35,8 +36,8 @@ STATES = {
     "RESIZING": _RUNS,
     "SIGNALING": _RUNS,
     "STAGE_OUT": _RUNS,
-    "STOPPED": _RUNS,
-    "SUSPENDED": _RUNS,
+    "STOPPED": _STANDS_STILL,
+    "SUSPENDED": _STANDS_STILL,
     "UPDATE_DB": _RUNS,
     "COMPLETING": _RUNS,
     "COMPLETED": Meaning(ENDED, INFRASTRUCTURE, "the job ended as if all were well, and its worker wrote no result"),

@@ -173,6 +173,17 @@ def test_a_node_that_crashes_is_missed_within_half_a_minute_and_the_run_goes_on_
     assert first.nodes == (node,) and second.nodes != (node,)
 
 
+def test_a_job_that_slurm_suspends_is_attempted_again_and_its_node_is_not_blamed(cluster: Cluster, home: Home) -> None:
+    slow_trainers(home, attempts=[1])
+    running = Running(slurm_study(gpus=8), home)
+    running.begun()
+    job = str(running.attempts()[0].job_id)
+    cluster.ask("scontrol", "suspend", job)
+    running.wait()
+    assert outcomes(running) == [("failed", PREEMPTED), ("complete", None)]
+    until(lambda: job not in [fields[0] for fields in cluster.jobs("running,suspended")], 60, "the suspended job's end")
+
+
 def test_a_node_that_fails_twice_gets_no_more_runs(
     cluster: Cluster, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -321,6 +321,20 @@ def test_an_attempt_that_falls_silent_is_dead_although_slurm_says_that_it_runs(r
     )
 
 
+def test_a_suspended_job_that_is_not_heard_was_pre_empted_and_its_node_is_sound(run, tag, cluster, monkeypatch):
+    one, _ = submit(run, tag)
+    claim(run)
+    cluster.says("squeue", f"41|{tag}|SUSPENDED|None|node1\n")
+    look(one, run, tag)
+    assert one.is_alive(run.attempt(1), tag=tag), "it may go on in time"
+    monkeypatch.setattr(one.pulse, "silent_seconds", lambda attempt: pulse.SILENCE_SECONDS + 1)
+    assert not one.is_alive(run.attempt(1), tag=tag)
+    ending = one.ending(run.attempt(1), tag=tag)
+    assert ending.kind == PREEMPTED and ending.message == (
+        "the job was suspended, and training by the clock cannot wait (Slurm: job 41 SUSPENDED on node1)"
+    )
+
+
 def test_a_job_of_which_nobody_knows_anything_is_gone(run, tag, cluster, monkeypatch):
     monkeypatch.setattr(slurm_jobs, "HISTORY_LAG_SECONDS", 0.0)
     cluster.says("sacct", errors="Slurm accounting storage is disabled", returncode=1)
