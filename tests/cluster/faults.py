@@ -52,6 +52,7 @@ TRIAL_SECONDS = 1.0
 DOWN_SECONDS = 6.0  # for which a daemon stays away; a node's must be away for longer than Slurm waits for it
 NODE_SECONDS = 20.0
 FULL_SECONDS = 3.0
+SUSPENDED_SECONDS = (5.0, 40.0)
 DISK_BYTES = 2**29
 CONTROLLER_PAUSE = 0.5
 CALM_FROM = 0.6  # part of the limit after which nothing more is killed
@@ -135,6 +136,9 @@ class Harness:
     _due: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     """What comes back, and when; monotonic."""
 
+    _suspended: set[str] = field(default_factory=set)
+    """Jobs that were, by id."""
+
     def run(self, every: float, until: float) -> None:
         """Work until the study is finished, with a fault every so many seconds, but for the last part of the time.
 
@@ -192,7 +196,7 @@ class Harness:
         ]  # fmt: skip
         of_cluster: list[Callable[[], Fault | None]] = [
             self._crash_node, self._kill_slurmd, self._kill_slurmctld, self._kill_slurmdbd, self._scancel, self._requeue,
-            self._pre_empt, self._scancel, self._requeue,
+            self._pre_empt, self._suspend, self._scancel, self._requeue,
         ]  # fmt: skip
         kinds = common + (of_cluster if self.cluster else [])
         chosen = [kind for kind in kinds if self.only in ("", kind.__name__.lstrip("_"))]
@@ -283,6 +287,19 @@ class Harness:
             return None
         self._cluster().ask("scancel", "--signal=USR2", one[1].job, check=False)
         return self._fault("noticed", one[0])
+
+    def _suspend(self) -> Fault | None:
+        """Stop a job where it stands; it may go on before anybody misses it, or after another attempt has replaced it."""
+        live = [(files, claim.job) for files, claim in self._live() if claim.job not in self._suspended]
+        if not live:
+            return None
+        files, job = self.dice.choice(live)
+        self._suspended.add(job)
+        self._cluster().ask("scontrol", "suspend", job, check=False)
+        self._later(
+            self.dice.choice(SUSPENDED_SECONDS), lambda: self._cluster().ask("scontrol", "resume", job, check=False)
+        )
+        return self._fault("suspended", files)
 
     def _fill_disk(self) -> Fault | None:
         """Leave no room where runs and ledger lie, for a while; only where they lie on a disk of their own."""
