@@ -199,16 +199,18 @@ def _add_study(top: Adder) -> None:
             _add_json(parser)
         else:
             parser.add_argument("--cancel", action="store_true", help="stop the running jobs as well")
-    parser = commands.add(
-        "retry", study_retry, "attempt a study's failed runs again, once their cause is mended",
-        "caddie study retry wd-qk-ttt-smoke",
-    )  # fmt: skip
+    _add_retry(commands)
+    _add_json(commands.add("list", study_list, "every study and where it stands", "caddie study list"))
+
+
+def _add_retry(commands: Adder) -> None:
+    sentence = "attempt a study's failed runs again, once their cause is mended"
+    parser = commands.add("retry", study_retry, sentence, "caddie study retry wd-qk-ttt-smoke")
     parser.add_argument("study", metavar="STUDY", help="a study's name")
     parser.add_argument(
         "--failure", action="append", default=[], choices=sorted(NAMEABLE), metavar="KIND",
-        help="trials too that failed of themselves in this way: config, out_of_memory, timeout; may be repeated",
+        help=f"trials too that failed of themselves in this way: {', '.join(sorted(NAMEABLE))}; may be repeated",
     )  # fmt: skip
-    _add_json(commands.add("list", study_list, "every study and where it stands", "caddie study list"))
 
 
 def _add_enqueue(commands: Adder) -> None:

@@ -48,7 +48,7 @@ class StudyDir:
         return self.root / "stop"
 
     @property
-    def retry(self) -> Path:  # asks the controller, or the next one, to attempt failed runs again
+    def retry(self) -> Path:  # asks for failed runs again; kinds of failure inside are meant too
         return self.root / "retry"
 
     @property

@@ -85,6 +85,10 @@ class Trial:
     """Id of the request by which it was enqueued."""
 
     @property
+    def label(self) -> str:
+        return f"trial {self.number}"
+
+    @property
     def is_feasible(self) -> bool:
         return all(value <= 0 for value in self.constraints.values())
 
@@ -97,6 +101,10 @@ class Arm:
     trial: int
     params: dict[str, Any]
     runs: dict[int, str]
+
+    @property
+    def label(self) -> str:
+        return f"arm {self.name}"
 
 
 @dataclass(kw_only=True)

@@ -18,8 +18,8 @@ from orchestrator.evidence import read_study, study_names
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
 from orchestrator.lock import Holder
-from orchestrator.retries import failed_runs
-from trainer.protocol import read_json, write_bytes_atomically, write_json_atomically
+from orchestrator.retries import failed_runs, kinds_asked
+from trainer.protocol import write_bytes_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,15 +208,14 @@ def ask_to_retry(home: Home, name: str, *, kinds: Collection[str] = ()) -> str:
     name = climb.current(home, rungs).name if rungs else name
     study, state = read_study(home, name)
     files, most = home.study(name), study.resources.max_attempts
-    known = read_json(files.retry)["kinds"] if files.retry.exists() else []
-    meant = sorted({*known, *kinds})
+    meant = sorted({*(kinds_asked(files.retry) or ()), *kinds})
     failed = failed_runs(state, max_attempts=most, kinds=meant)
     left = Counter(run.failure for run in failed_runs(state, max_attempts=most) if run not in failed)
     told = [f"  left to the search: {count} by {kind}; --failure {kind} takes them too" for kind, count in left.items()]
     if not failed:
         why = "nothing is attempted again" if told else "no run failed that another attempt could bring to a score"
         return "\n".join([f"{name}: {why}", *told])
-    write_json_atomically(files.retry, {"kinds": meant})
+    write_bytes_atomically(files.retry, "\n".join(meant).encode())
     when = "its controller takes it up" if lock.holder(files) else "give the study's command again, it begins with them"
     return "\n".join([f"{name}: to be attempted again; {when}", *(f"  {run.text}" for run in failed), *told])
 

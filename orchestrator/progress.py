@@ -18,7 +18,7 @@ from rich.text import Text
 
 from orchestrator.claims import read_claim
 from orchestrator.errors import CaddieError
-from orchestrator.ledger import Attempt, StudyState, Trial
+from orchestrator.ledger import Arm, Attempt, StudyState, Trial
 from orchestrator.runs import RunStore
 from orchestrator.study import Study
 from trainer import protocol
@@ -34,6 +34,7 @@ MOST_TOLD = 3
 """Running runs that a heartbeat tells of."""
 
 QUEUED, START = "queued", "start"
+"""Phases that no trainer tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +126,7 @@ def _last_status(store: RunStore, state: StudyState, run_id: str) -> str | None:
 def _seconds_left(study: Study, state: StudyState, running: tuple[RunningRun, ...], to_go: int) -> float | None:
     """Median duration of complete runs × runs to go ÷ runs at a time, less what the running ones have done.
 
-    What waits in a queue has done nothing, and runs beside the others as soon as they do only where none has begun.
+    What waits in a queue has done nothing. As many run at a time as have begun or, where none has, as wait.
     """
     durations = [attempt.seconds for attempt in state.attempts.values() if attempt.status == protocol.COMPLETE]
     if not durations:
@@ -162,14 +163,11 @@ def _running(study: Study, store: RunStore, state: StudyState, attempt: Attempt,
 
 def _owner(state: StudyState, run_id: str) -> tuple[str, int | None]:
     """Who asked for a run, and its seed."""
-    named = [
-        *((f"trial {t.number}", t.runs) for t in state.trials.values()),
-        *((f"arm {a.name}", a.runs) for a in state.arms.values()),
-    ]
-    for owner, runs in reversed(named):
-        for seed, found in runs.items():
+    owners: list[Trial | Arm] = [*state.trials.values(), *state.arms.values()]
+    for owner in reversed(owners):
+        for seed, found in owner.runs.items():
             if found == run_id:
-                return owner, seed
+                return owner.label, seed
     return run_id, None
 
 

@@ -409,7 +409,7 @@ def warnings(evidence: Evidence) -> list[str]:
     failed = failed_runs(evidence.state, max_attempts=evidence.study.resources.max_attempts, kinds=())
     if any(isinstance(run.owner, Arm) for run in failed):
         found.append(
-            f"Failed seeds are attempted again, once their cause is mended: caddie study retry {evidence.study.name}"
+            f"To attempt failed seeds again, once their cause is mended: caddie study retry {evidence.study.name}"
         )
     for arm in evidence.arms:
         for run in arm.missing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator import ledger
 from orchestrator.ledger import Arm, StudyState, Trial
@@ -18,6 +19,14 @@ from trainer.protocol import FAILED, NOT_FINITE, OVER_CAP
 OUTCOMES = frozenset({NOT_FINITE, OVER_CAP})
 NAMEABLE = POINT_FAILURES - OUTCOMES
 """Kinds of failure of trials that are attempted again where they are named."""
+
+
+def kinds_asked(retry: Path) -> list[str] | None:
+    """The kinds of failure that a study's retry file names; None where nobody asks for a retry."""
+    try:
+        return retry.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +41,7 @@ class FailedRun:
     @property
     def text(self) -> str:
         """`trial 3, seed 1 (timeout)`."""
-        owner = f"trial {self.owner.number}" if isinstance(self.owner, Trial) else f"arm {self.owner.name}"
-        return f"{owner}, seed {self.seed} ({self.failure})"
+        return f"{self.owner.label}, seed {self.seed} ({self.failure})"
 
     @property
     def is_by_point(self) -> bool:
@@ -65,3 +73,12 @@ def _failure_of(run_id: str, state: StudyState, max_attempts: int) -> str | None
         return None
     last = state.attempts_of(run_id)[-1]
     return last.failure if last.status == FAILED else None
+
+
+def remedy(name: str, state: StudyState, *, max_attempts: int) -> str:
+    """What to do about a study of which nothing came."""
+    failed = failed_runs(state, max_attempts=max_attempts)
+    if not failed:
+        return "the same command goes on, where more trials are asked for"
+    named = "".join(f" --failure {kind}" for kind in sorted({run.failure for run in failed if run.is_by_point}))
+    return f"mend the cause, then `caddie study retry {name}{named}`, and the same command again"

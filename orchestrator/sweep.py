@@ -28,7 +28,7 @@ from orchestrator.interrupts import Interrupts
 from orchestrator.ledger import Arm, Attempt, OpenLedger, StudyState, Trial
 from orchestrator.ports import Launcher, Mirror, Packer, Progress, Search
 from orchestrator.purse import BY_DAY, BY_STUDY, Purse, confirmation_cost, next_day, run_cost
-from orchestrator.retries import FailedRun, failed_runs
+from orchestrator.retries import FailedRun, failed_runs, kinds_asked, remedy
 from orchestrator.runs import RESUMABLE, VALIDATIONS, RunRequest, RunStore, run_id_of
 from orchestrator.slots import Slots, machine_slots
 from orchestrator.source_run import Sources
@@ -257,11 +257,10 @@ class Controller:
         self._inherited = {(attempt.run_id, attempt.number) for attempt in self.attempts.open}
 
     def _asked_to_retry(self) -> list[FailedRun]:
-        """The failed runs that somebody asks for again. Raises ProtocolError."""
-        if not self.files.retry.exists():
-            return []
-        kinds = protocol.read_json(self.files.retry)["kinds"]
-        return failed_runs(self.state, max_attempts=self.study.resources.max_attempts, kinds=kinds)
+        """The failed runs that somebody asks for again."""
+        kinds = kinds_asked(self.files.retry)
+        most = self.study.resources.max_attempts
+        return [] if kinds is None else failed_runs(self.state, max_attempts=most, kinds=kinds)
 
     def _retry(self, failed: list[FailedRun]) -> None:
         """Want these runs again. Raises StorageError."""
@@ -579,15 +578,8 @@ class Controller:
         log = f"\n{logs[-1]}" if logs else ""
         raise StudyFailed(
             f"{self.study.name}: {what}{log}",
-            hint=self._remedy(),
+            hint=remedy(self.study.name, self.state, max_attempts=self.study.resources.max_attempts),
         )
-
-    def _remedy(self) -> str:
-        failed = failed_runs(self.state, max_attempts=self.study.resources.max_attempts)
-        if not failed:
-            return "the same command goes on, where more trials are asked for"
-        named = "".join(f" --failure {kind}" for kind in sorted({run.failure for run in failed if run.is_by_point}))
-        return f"mend the cause, then `caddie study retry {self.study.name}{named}`, and the same command again"
 
 
 def _as_storage_error(error: OSError | StorageError, place: Path) -> StorageError:

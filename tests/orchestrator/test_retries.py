@@ -84,6 +84,15 @@ def test_points_that_failed_by_themselves_are_left_to_the_search_unless_they_are
     assert [trial.state for trial in state.trials.values()] == ["complete", "failed", "complete", "complete"]
 
 
+def test_an_empty_file_by_hand_asks_as_the_command_does(home):
+    study = tiny_study(trials=1)
+    seed = study.confirm.seeds[0]
+    controller(study, home, launcher=FakeLauncher(behaviours={seed: failed(CODE)})).run()
+    home.study("tiny").retry.touch()
+    state = controller(study, home).run()
+    assert failed_runs(state, max_attempts=3) == [] and not home.study("tiny").retry.exists()
+
+
 def test_the_remedy_names_the_kind_of_failure_that_all_trials_had(home):
     study = tiny_study(trials=2, confirm=None)
     with pytest.raises(StudyFailed) as caught:
