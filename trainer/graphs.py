@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,10 +60,25 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Graphs of one function never run side by side and may share their memory. Other threads (NCCL's) stay free.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with uncollected(), torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = self.function(*inputs, **constants)
         self.pool = graph.pool()
         self.replays[self._key(tensors, constants)] = graph, inputs, output
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Hold the garbage collector: an older graph that it frees spoils the recording of another (pytorch#161037).
+
+    Recordings refer to their owners and these to them, so only the collector frees them, at any allocation.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def compilations() -> int:

@@ -1,6 +1,9 @@
+import gc
+
+import pytest
 import torch
 
-from trainer.graphs import Recorded, compilations
+from trainer.graphs import Recorded, compilations, uncollected
 
 
 def test_on_a_cpu_a_recorded_function_is_called_each_time_with_what_it_is_given():
@@ -39,3 +42,18 @@ def test_what_was_compiled_is_counted():
     assert compilations() == before + 1
     doubled(torch.ones(3))
     assert compilations() == before + 2
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_nothing_is_collected_while_a_graph_is_recorded_and_then_as_before(is_enabled):
+    was_enabled = gc.isenabled()
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        with uncollected():
+            assert not gc.isenabled()
+        assert gc.isenabled() is is_enabled
+        with pytest.raises(ZeroDivisionError), uncollected():
+            1 / 0  # noqa: B018  # what a recording may raise
+        assert gc.isenabled() is is_enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
