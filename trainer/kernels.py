@@ -252,15 +252,16 @@ class PrepareHeads(torch.autograd.Function):
         return *turned, v, v.view_as(v)
 
     @staticmethod
-    def backward(ctx: Any, grad_q: Any, grad_k: Any, *grads_v: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         qkv, gain_H, cos_TR, sin_TR = ctx.saved_tensors
+        # Nobody reads the queries, or the keys and values, that a call has none of: they have no gradient.
+        grads = tuple(given if given is None else given.contiguous() for given in grads)
         grad = torch.empty_like(qkv)
         q, k, v = grad.split(ctx.split, dim=2)
         sums = gain_H.new_empty(_programs(qkv), triton.next_power_of_2(gain_H.size(0)))
         in_q, in_k, _ = qkv.split(ctx.split, dim=2)
-        grads_v = tuple(given if given is None else given.contiguous() for given in grads_v)
-        _turn(_turn_grad_kernel, in_q, gain_H, cos_TR, sin_TR, q, grad_q.contiguous(), None, None, sums)
-        _turn(_turn_grad_kernel, in_k, None, cos_TR, sin_TR, k, grad_k.contiguous(), *grads_v, None)
+        _turn(_turn_grad_kernel, in_q, gain_H, cos_TR, sin_TR, q, grads[0], None, None, sums)
+        _turn(_turn_grad_kernel, in_k, None, cos_TR, sin_TR, k, *grads[1:], None)
         return grad, sums.sum(0)[: gain_H.size(0)], None, None, v if ctx.has_value else None, None
 
 

@@ -1,5 +1,6 @@
 """The same code on a GPU: `make test ARGS="tests/gpu"` on a machine that has one; everything is skipped elsewhere."""
 
+import gc
 import math
 
 import pytest
@@ -93,6 +94,13 @@ KERNELS = {
     "heads, values added to": lambda: (
         lambda x, gain, value: kernels.prepare_heads(x, gain, rotary(), value, groups=GROUPS),
         numbers(BATCH, TOKENS, HEADS + 2 * GROUPS, HEAD), vectors(HEADS), numbers(BATCH, TOKENS, GROUPS, HEAD),
+    ),
+    "heads, queries alone": lambda: (
+        lambda x, gain: kernels.prepare_heads(x, gain, rotary(), groups=0)[0], numbers(BATCH, TOKENS, HEADS, HEAD), vectors(HEADS),
+    ),
+    "heads, keys and values alone": lambda: (
+        lambda x: kernels.prepare_heads(x, torch.ones(0, device=DEVICE), rotary(), groups=GROUPS)[1:],
+        numbers(BATCH, TOKENS, 2 * GROUPS, HEAD),
     ),
     "own value": lambda: (
         kernels.without_own_value, numbers(BATCH, TOKENS, HEADS, HEAD), numbers(BATCH, TOKENS, GROUPS, HEAD),
@@ -193,6 +201,25 @@ def test_a_replay_reads_the_weights_as_they_are_now():
         after = recorded(tokens[:, :-1], tokens[:, 1:], recurrent=True, scored=LENGTH)
         assert not torch.equal(after, before)
         assert torch.equal(after, model.nats(tokens[:, :-1], tokens[:, 1:], recurrent=True, scored=LENGTH))
+
+
+def test_an_older_graph_that_is_due_for_collection_spoils_no_recording():
+    def recorded_doubling():
+        ones, doubled = torch.ones(4, device=DEVICE), Recorded(lambda x: 2 * x, is_pure=True)
+        doubled.itself = doubled  # so that only the collector frees it
+        return doubled(ones)
+
+    def collecting(x):
+        collected = [[] for _ in range(1000)]  # more objects than the collector lets pass
+        return x + len(collected)
+
+    thresholds = gc.get_threshold()
+    recorded_doubling()
+    try:
+        gc.set_threshold(10, 1, 1)
+        assert Recorded(collecting, is_pure=True)(torch.ones(4, device=DEVICE)).tolist() == 4 * [1001.0]
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 @pytest.mark.parametrize("recurrent", [False, True])
