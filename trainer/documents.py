@@ -73,7 +73,11 @@ class Reader:
     def _normalizer(self) -> Any:
         if self.model is not None:
             return self.tokenizer
-        return sentencepiece.SentencePieceNormalizer(rule_name=NORMALIZATION, add_dummy_prefix=False)
+        return (
+            sentencepiece.SentencePieceNormalizer(  # before 0.2.3 it kept extra spaces by default, as no tokenizer does
+                rule_name=NORMALIZATION, add_dummy_prefix=False, remove_extra_whitespaces=True
+            )
+        )
 
     def __call__(self, batch: Batch) -> list[Document]:
         """The documents of a batch; raises DataError."""
