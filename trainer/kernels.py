@@ -29,11 +29,12 @@ TILE_ELEMENTS = 2048  # of an element-wise kernel's tile
 PROGRAMS = 8  # of a kernel that sums over positions, for each multiprocessor
 LARGEST_ROW = 16_384  # logits that one program holds
 WIDEST_TILE = 256  # columns of the fused product's tiles
+KERNELS_ON = "cuda"  # type of the device whose tensors take the kernels; Triton's interpreter takes a CPU's
 
 
 def is_fused(x: Tensor, width: int) -> bool:
     """Whether the kernels take these tensors; `width` is what must be a power of two."""
-    return triton is not None and x.is_cuda and x.dtype == torch.bfloat16 and width & (width - 1) == 0
+    return triton is not None and x.device.type == KERNELS_ON and x.dtype == torch.bfloat16 and width & (width - 1) == 0
 
 
 def normalize(x: Tensor) -> Tensor:
