@@ -156,7 +156,7 @@ def candidate_scales(weight_PMN: Tensor, moments_PNN: Tensor | None, grid: Grid,
     if grid.clip_std:
         clips_CPM = std_clip(weight_PMN, grid.clip_std, config.clip_importance, moments_PNN, config.damping)[None]
     else:
-        clips_CPM = row_quantiles(weight_PMN, config.clip_quantiles)
+        clips_CPM = row_quantiles(weight_PMN, config.clip_quantiles).clamp_min(config.clip_floor)
     return scales_for(clips_CPM.transpose(0, 1).flatten(1), grid.bits)
 
 

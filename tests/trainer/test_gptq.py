@@ -163,6 +163,14 @@ def test_rows_that_matter_more_are_clipped_later_under_importance():
     assert torch.equal(std_clip(weight[None], 10.0, 0.175, None)[0], plain)
 
 
+def test_under_a_floor_rows_of_small_weights_share_a_grid_and_those_of_large_ones_keep_their_own():
+    weight = weights() / weights().abs().amax(1, keepdim=True) * torch.linspace(0.1, 3, 32)[:, None]
+    config = QuantConfig(clip_floor=1.0, clip_quantiles=(1.0,))
+    found, _ = quantize_matrices(weight[None], None, Grid(6, 0.0), config)
+    expected = weight.abs().amax(1).clamp_min(1) / 31
+    torch.testing.assert_close(found[0].scales_M.float(), expected, rtol=0.008, atol=0)
+
+
 @pytest.mark.parametrize("bits", [2, 6, 8])
 def test_integers_stay_symmetric_and_in_range(bits):
     weight = weights() * 100
