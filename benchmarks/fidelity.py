@@ -176,7 +176,7 @@ def compare(module: ModuleType, config: Config, *, tokens: int, rows: int, steps
 def felt(pair: Pair, batch: Tensor, passes: int) -> str:
     """Cells of the table: both losses of a batch, and the gradient in which the two differ most."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    turn(pair.theirs, on=passes > 0)
+    turn(pair.theirs, passes)
     losses = []
     for network, arguments in ((pair.theirs, (inputs, targets)), (pair.ours, (inputs, targets, passes))):
         network.zero_grad(set_to_none=True)
@@ -193,7 +193,7 @@ def stepped(module: ModuleType, settings: Any, pair: Pair, config: Config, batch
     otherwise. Where ours differs no more than that, it differs by rounding.
     """
     passes, world = depths(config)[-1], World(rank=0, size=1, device=torch.device("cpu"))
-    turn(pair.theirs, on=passes > 0)
+    turn(pair.theirs, passes)
     networks = (pair.theirs, copy.deepcopy(pair.theirs))
     optimizers = [module.Optimizers(settings, network) for network in networks]
     for one in optimizers:
@@ -230,12 +230,14 @@ def trained(theirs: nn.Module, optimizers: Any, batch: Tensor, momentum: float, 
     return float(loss.detach())
 
 
-def turn(theirs: nn.Module, *, on: bool) -> None:
-    """Switch the script's recurrence, by either of the ways that these scripts have."""
-    if hasattr(theirs, "looping_active"):
-        theirs.looping_active = on  # type: ignore[assignment]
+def turn(theirs: nn.Module, passes: int) -> None:
+    """Switch the script's recurrence to so many extra passes, by one of the ways that these scripts have."""
+    if hasattr(theirs, "activate_looping"):  # its phases are the numbers of extra passes: #1412
+        theirs.activate_looping(passes)  # type: ignore[operator]
+    elif hasattr(theirs, "looping_active"):
+        theirs.looping_active = passes > 0  # type: ignore[assignment]
     elif hasattr(theirs, "set_recurrence_active"):
-        theirs.set_recurrence_active(on)  # type: ignore[operator]
+        theirs.set_recurrence_active(passes > 0)  # type: ignore[operator]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fidelity import NAMES, compare, imported, our_name
+from benchmarks.fidelity import NAMES, compare, imported, our_name, turn
 from tests.trainer.tiny import CONFIG
 from trainer.config import with_knobs
 from trainer.model import Model
@@ -177,6 +177,32 @@ def test_a_script_without_the_classes_is_refused(tmp_path):
         imported(path, {})
     with pytest.raises(SystemExit, match="there is no such file"):
         imported(tmp_path / "other.py", {})
+
+
+class Phased(torch.nn.Module):
+    """A network with phases of recurrence, which also says whether it has any."""
+
+    phase = 0
+    looping_active = property(lambda self: self.phase > 0)
+
+    def activate_looping(self, phase: int) -> None:
+        self.phase = phase
+
+
+class Switched(torch.nn.Module):
+    is_on = False
+
+    def set_recurrence_active(self, active: bool) -> None:
+        self.is_on = active
+
+
+def test_recurrence_is_switched_in_each_way_that_scripts_have():
+    phased, looped, switched = Phased(), torch.nn.Module(), Switched()
+    looped.looping_active = True
+    for passes in (2, 1, 0):
+        for one in (phased, looped, switched, torch.nn.Module()):
+            turn(one, passes)
+        assert (phased.phase, looped.looping_active, switched.is_on) == (passes, passes > 0, passes > 0)
 
 
 def test_every_pattern_names_a_weight_of_ours():

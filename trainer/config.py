@@ -372,6 +372,11 @@ class QuantConfig(Section):
     clip_quantiles: tuple[float, ...] = _between((0.9990, 0.9995, 0.9999, 0.99999, 1.0), 0.5, 1)
     """Candidates for a row's clipping point, as quantiles of its absolute weights."""
 
+    clip_floor: float = _between(0.0, 0)
+    """Smallest clipping point of a row under `quantile`, of a table's too; 0 is off. The scripts from #1218 to #1334: 1, so that
+    all rows of smaller weights share one grid, of steps of 1/31 in 6 bits.
+    """
+
     clip_criterion: str = _one_of("weight", "weight", "output")
     """Error that chooses a row's candidate: `weight` plain, `output` weighted by the inputs' second moments."""
 
@@ -400,7 +405,7 @@ class QuantConfig(Section):
     """Loss that rounding under `fisher` may add by the second-order estimate, nats per token, before the file is fitted."""
 
     half_vectors: bool = False
-    """Store learned vectors in float16; the script of #1326 keeps float32."""
+    """Store learned vectors in float16, as the scripts from #1218 on do."""
 
     coder: str = _one_of("entropy", "brotli", "entropy")
     """How integers are coded: `brotli` as bytes; `entropy` by a range coder that learns the sizes of rows and columns."""

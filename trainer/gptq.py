@@ -68,16 +68,19 @@ def row_quantiles(weight_PMN: Tensor, quantiles: Sequence[float]) -> Tensor:
     )
 
 
-def std_clip(weight_PMN: Tensor, clip_std: float, importance: float, moments_PNN: Tensor | None) -> Tensor:
-    """The clip of each row, `clip_std` of its standard deviations: #1394's. (P, M)
+def std_clip(
+    weight_PMN: Tensor, clip_std: float, importance: float, moments_PNN: Tensor | None, damping: float = 0.0
+) -> Tensor:
+    """The clip of each row, `clip_std` of its standard deviations (over n - 1): #1394's. (P, M)
 
     With `importance` λ (#1412) rows that matter more are clipped later: times 1 + λ (r - 1), r a row's mean of |weight| ·
-    second moment of its input, over the mean of that. None matter more where the moments are not known.
+    damped second moment of its input, over the mean of that. None matter more where the moments are not known.
     """
-    clip = clip_std * weight_PMN.std(-1, correction=0)
+    clip = clip_std * weight_PMN.std(-1)
     if not importance or moments_PNN is None:
         return clip
-    weigh = weight_PMN.abs() @ moments_PNN.diagonal(dim1=-2, dim2=-1)[..., None]
+    moments_PN = moments_PNN.diagonal(dim1=-2, dim2=-1)
+    weigh = weight_PMN.abs() @ (moments_PN + damping * moments_PN.mean(-1, keepdim=True))[..., None]
     relative = weigh[..., 0] / weigh.mean(-2).clamp_min(SMALLEST_SCALE)
     return clip * (1 + importance * (relative - 1)).clamp_min(0)
 
@@ -151,9 +154,9 @@ def row_errors(weight: Tensor, quantized: Quantized, moments: Tensor, criterion:
 def candidate_scales(weight_PMN: Tensor, moments_PNN: Tensor | None, grid: Grid, config: QuantConfig) -> Tensor:
     """The float16 scales to choose from for each row, one clip candidate after the other: (P, C·M)."""
     if grid.clip_std:
-        clips_CPM = std_clip(weight_PMN, grid.clip_std, config.clip_importance, moments_PNN)[None]
+        clips_CPM = std_clip(weight_PMN, grid.clip_std, config.clip_importance, moments_PNN, config.damping)[None]
     else:
-        clips_CPM = row_quantiles(weight_PMN, config.clip_quantiles)
+        clips_CPM = row_quantiles(weight_PMN, config.clip_quantiles).clamp_min(config.clip_floor)
     return scales_for(clips_CPM.transpose(0, 1).flatten(1), grid.bits)
 
 

@@ -155,7 +155,7 @@ def _table(weight_MN: Tensor, moments_NN: Tensor | None, config: QuantConfig, sc
         if by_std:
             clip_M = std_clip(weight, config.embedding_clip_std, 0.0, None)[0]
         else:
-            clip_M = row_quantiles(weight, (config.embedding_clip_quantile,))[0, 0]
+            clip_M = row_quantiles(weight, (config.embedding_clip_quantile,))[0, 0].clamp_min(config.clip_floor)
         scales_M = scales_for(clip_M, bits)
     return Quantized(round_to_nearest(weight[0], scales_M, bits), scales_M)
 

@@ -207,11 +207,12 @@ def clips(finished: Finished, name: str) -> torch.Tensor:
     config, weight_MN, is_table = finished.published.quant, finished.weights[name].double(), not is_matrix(name)
     if config.grid == "quantile":
         quantiles = [config.embedding_clip_quantile] if is_table else list(config.clip_quantiles)
-        return torch.quantile(weight_MN.abs(), weight_MN.new_tensor(quantiles), dim=1)
+        return torch.quantile(weight_MN.abs(), weight_MN.new_tensor(quantiles), dim=1).clamp_min(config.clip_floor)
     of_matrix = config.attention_clip_std if ".attention." in name else config.mlp_clip_std
-    clips_M = (config.embedding_clip_std if is_table else of_matrix) * weight_MN.std(1, correction=0)
+    clips_M = (config.embedding_clip_std if is_table else of_matrix) * weight_MN.std(1)
     if (moments_NN := moments_of(finished, name)) is not None:
-        weigh_M = weight_MN.abs() @ moments_NN.diagonal().double()
+        moments_N = moments_NN.diagonal().double()
+        weigh_M = weight_MN.abs() @ (moments_N + config.damping * moments_N.mean())
         clips_M = clips_M * (1 + config.clip_importance * (weigh_M / weigh_M.mean() - 1))
     return clips_M[None]
 

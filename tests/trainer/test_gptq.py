@@ -146,7 +146,7 @@ def test_quantiles_of_rows_are_torch_s_own():
 def test_a_clip_by_deviations_is_so_many_of_each_row():
     weight = weights() * torch.linspace(0.1, 3, 32)[:, None]
     found, _ = quantize_matrices(weight[None], None, Grid(6, 12.85), GPTQ)
-    expected = 12.85 * weight.std(1, correction=0) / 31
+    expected = 12.85 * weight.std(1) / 31
     torch.testing.assert_close(found[0].scales_M.float(), expected, rtol=0.008, atol=0)
 
 
@@ -155,12 +155,20 @@ def test_rows_that_matter_more_are_clipped_later_under_importance():
     weight = torch.ones(2, 64)
     weight[0, :32], weight[1, 32:] = 2.0, 2.0  # the second row's large weights meet the large inputs
     plain = std_clip(weight[None], 10.0, 0.0, moments[None])[0]
-    clip = std_clip(weight[None], 10.0, 0.175, moments[None])[0]
-    weigh = weight @ moments.diagonal()
+    clip = std_clip(weight[None], 10.0, 0.175, moments[None], damping=0.5)[0]
+    weigh = weight @ (moments.diagonal() + 0.5 * moments.diagonal().mean())
     expected = plain * (1 + 0.175 * (weigh / weigh.mean() - 1))
     torch.testing.assert_close(clip, expected)
     assert clip[1] > plain[1] > clip[0]
     assert torch.equal(std_clip(weight[None], 10.0, 0.175, None)[0], plain)
+
+
+def test_under_a_floor_rows_of_small_weights_share_a_grid_and_those_of_large_ones_keep_their_own():
+    weight = weights() / weights().abs().amax(1, keepdim=True) * torch.linspace(0.1, 3, 32)[:, None]
+    config = QuantConfig(clip_floor=1.0, clip_quantiles=(1.0,))
+    found, _ = quantize_matrices(weight[None], None, Grid(6, 0.0), config)
+    expected = weight.abs().amax(1).clamp_min(1) / 31
+    torch.testing.assert_close(found[0].scales_M.float(), expected, rtol=0.008, atol=0)
 
 
 @pytest.mark.parametrize("bits", [2, 6, 8])

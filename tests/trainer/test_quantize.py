@@ -177,6 +177,16 @@ def test_the_loss_that_fisher_says_is_added_is_added(model):
     assert (loss(rounded) + loss(mirrored)) / 2 - loss(weights) == pytest.approx(0.02, rel=0.3)
 
 
+def test_a_floor_holds_for_tables_too(model):
+    low, high = (
+        quantize(model, NOTHING, QuantConfig(clip_floor=floor)).tensors["embedding.weight"] for floor in (0, 1)
+    )
+    assert low.scales_M.max() < 1 / 127
+    torch.testing.assert_close(
+        high.scales_M.float(), torch.full_like(high.scales_M.float(), 1 / 127), rtol=0.008, atol=0
+    )
+
+
 def test_vectors_can_be_stored_in_half(model):
     rounded = quantize(model, NOTHING, QuantConfig(half_vectors=True))
     plain = [t for t in rounded.tensors.values() if not isinstance(t, Quantized)]
