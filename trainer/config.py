@@ -114,7 +114,7 @@ class ModelConfig(Section):
     """Base of the rotary frequencies, at the training length."""
 
     first_attention_layer: int = _between(0, 0)
-    """Physical layers before it do without attention, #1204: 1; their matrices stay, unused."""
+    """Physical layers before it do without attention, #1204: 1; their matrices stay, unused, and are zero in the file."""
 
     qk_norm: bool = True
     """RMS-normalise queries and keys per head."""

@@ -133,7 +133,7 @@ class Block(nn.Module):
         self, inputs: Tensor, matrices: Matrices, rotary: tuple[Tensor, Tensor] | None, value_embedding: Tensor | None,
         kept: int, observe: Observe | None, terms: Terms | None,
     ) -> Tensor:  # fmt: skip
-        """What attention's last product reads, of the last `kept` positions; the inputs themselves where there is none."""
+        """What attention's last product reads, of the last `kept` positions; zeros where there is none."""
         if self.config.first_attention_layer and self.layer < self.config.first_attention_layer:
             y = inputs = torch.zeros_like(
                 inputs
