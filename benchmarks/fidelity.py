@@ -110,7 +110,7 @@ class Match(NamedTuple):
 
     name: str
     theirs: nn.Parameter
-    index: int | None
+    part: int | None
     """The place in theirs, where that holds several of ours."""
 
     ours: nn.Parameter
@@ -156,7 +156,7 @@ class Pair:
     def align(self, noise: float = 0.0) -> None:
         """Give ours their weights, both with the same noise."""
         for match in self.matches:
-            weight, target = at(match.theirs, match.index), at(match.ours, match.place)
+            weight, target = at(match.theirs, match.part), at(match.ours, match.place)
             weight.add_(torch.randn_like(weight), alpha=noise)
             target.copy_(self._as_ours(match.name, weight).view_as(target))
 
@@ -169,7 +169,7 @@ class Pair:
         """Weights whose size differs where each network has made its own: root mean square of theirs and of ours."""
         sizes = {}
         for match in self.matches:
-            both = (at(match.theirs, match.index), at(match.ours, match.place))
+            both = (at(match.theirs, match.part), at(match.ours, match.place))
             found, expected = (float(one.detach().square().mean().sqrt()) for one in both)
             if abs(found - expected) > STARTS_APART * max(found, expected):
                 sizes[match.name] = (found, expected)
@@ -181,9 +181,9 @@ class Pair:
         return f"{apart:.1e} ({name})"
 
     def _apart(self, what: str) -> Iterator[tuple[str, float]]:
-        for name, theirs, index, ours, place in self.matches:
+        for name, theirs, part, ours, place in self.matches:
             expected, found = (given(one, what).detach() for one in (theirs, ours))
-            expected, found = self._as_ours(name, at(expected, index)), at(found, place)
+            expected, found = self._as_ours(name, at(expected, part)), at(found, place)
             yield name, relative(found.view_as(expected), expected)
 
 
