@@ -114,7 +114,7 @@ class ModelConfig(Section):
     """Base of the rotary frequencies, at the training length."""
 
     first_attention_layer: int = _between(0, 0)
-    """Physical layers before it do without attention, #1204: 1; their matrices stay, unused."""
+    """Physical layers before it do without attention, #1204: 1; their matrices stay, unused, and are zero in the file."""
 
     qk_norm: bool = True
     """RMS-normalise queries and keys per head."""
@@ -318,6 +318,9 @@ class OptimConfig(Section):
 
     embedding_precision: str = _one_of("float32", "float32", "bfloat16")
     """What the tables and their moments are kept in from step to step. Public scripts: bfloat16, which has 8 significant bits."""
+
+    projections: str = _one_of("muon", "muon", "adamw")
+    """What moves the projections of the value table and of the pairs': Muon as other matrices, or AdamW as vectors, #549."""
 
     head_lr: float = _between(0.008, 0)
     """AdamW's learning rate for an untied output head."""

@@ -133,9 +133,11 @@ class Block(nn.Module):
         self, inputs: Tensor, matrices: Matrices, rotary: tuple[Tensor, Tensor] | None, value_embedding: Tensor | None,
         kept: int, observe: Observe | None, terms: Terms | None,
     ) -> Tensor:  # fmt: skip
-        """What attention's last product reads, of the last `kept` positions; the inputs themselves where there is none."""
+        """What attention's last product reads, of the last `kept` positions; zeros where there is none."""
         if self.config.first_attention_layer and self.layer < self.config.first_attention_layer:
-            y = inputs
+            y = inputs = torch.zeros_like(
+                inputs
+            )  # calibration hears that nothing reads these matrices, and stores zeros
         else:
             y = self.attention(inputs, matrices.qkv_ND, rotary, value_embedding, scored=kept, terms=terms)
         if observe:
@@ -287,7 +289,7 @@ class Model(nn.Module):
         """Orthogonal matrices, zero outputs, narrow normal tables, from torch's global generator: #1218's start."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                if name.endswith((".out", ".down", ".projection")) or name == "head":
+                if name.endswith((".out", ".down")) or name == "head":
                     nn.init.zeros_(module.weight)
                 elif min(module.weight.shape) >= SMALLEST_ORTHOGONAL:
                     nn.init.orthogonal_(module.weight)

@@ -13,11 +13,17 @@ from trainer.model import Model
 from trainer.muon import Muon
 
 CLIP_EPS = 1e-6  # as torch's own clipping has it
+PROJECTIONS = ("bigrams.widen", "value_embedding.projection")  # of the tables narrower than the stream
 
 
-def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
-    """Every parameter in exactly one group: `matrix`, `embedding`, `head` or `scalar`."""
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not model.head}
+def parameter_groups(model: Model, projections: str = "muon") -> dict[str, list[nn.Parameter]]:
+    """Every parameter in exactly one group: `matrix`, `embedding`, `head` or `scalar`; where projections are, that decides."""
+    small = PROJECTIONS if projections == "adamw" else ()
+    linear = {
+        id(m.weight)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not model.head and not name.endswith(small)
+    }
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "scalar": []}
     for parameter in model.parameters():
@@ -75,7 +81,7 @@ class Optimizers:
     """Steps all groups with one learning-rate factor."""
 
     def __init__(self, model: Model, config: OptimConfig, world: World, gradients: Gradients) -> None:
-        groups = parameter_groups(model)
+        groups = parameter_groups(model, config.projections)
         self.config, self.gradients = config, gradients
         self.muon = Muon(
             by_shape(groups["matrix"]), weight_decay=config.muon_weight_decay, steps=config.newton_schulz_steps,
@@ -115,9 +121,9 @@ def coarsen(adam: torch.optim.AdamW) -> None:
             stored.copy_(stored.bfloat16())
 
 
-def gradients_of(model: Model, world: World) -> Gradients:
+def gradients_of(model: Model, config: OptimConfig, world: World) -> Gradients:
     """The gradients of a whole model, for `Optimizers`."""
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, config.projections)
     others = [parameter for name, members in groups.items() if name != "matrix" for parameter in members]
     return Gradients(by_shape(groups["matrix"]), others, world)
 

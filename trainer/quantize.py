@@ -103,8 +103,8 @@ def unclipped(model: Model, steps: Mapping[str, Tensor], factor: float = 1.0) ->
 
 
 def coarse_matrices(model: Model, moments: Mapping[str, Tensor], config: QuantConfig) -> set[str]:
-    """The matrices that get one bit less: those whose inputs have the smallest second moments in all. #1260."""
-    felt = {name: float(moments[name].trace()) for name, _, _ in model.matrices()}
+    """The matrices that get one bit less: of those that are read, whose inputs have the smallest second moments. #1260."""
+    felt = {name: trace for name, _, _ in model.matrices() if (trace := float(moments[name].trace()))}
     return set(sorted(felt, key=felt.__getitem__)[: config.coarse_matrices])
 
 

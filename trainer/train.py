@@ -87,7 +87,7 @@ class Network:
 
     def __init__(self, model: Model, config: Config, world: World) -> None:
         self.model, self.config, self.world = model, config, world
-        self.gradients = gradients_of(model, world)
+        self.gradients = gradients_of(model, config.optim, world)
         self.accumulate = Recorded(self._accumulate, is_pure=False)
 
     def _accumulate(self, tokens_BT: Tensor, weight: Tensor, *, recurrent: int) -> Tensor:

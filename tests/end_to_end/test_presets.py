@@ -169,6 +169,8 @@ def test_its_parts_have_learned(finished: Finished) -> None:
     outs = [state[f"blocks.{layer}.attention.out.weight"] for layer in range(model.layers)]
     idle = [layer for layer, out in enumerate(outs) if not out.count_nonzero()]
     assert idle == list(range(model.first_attention_layer))  # they began at zero
+    unread = [f"blocks.{layer}.attention.{name}.weight" for layer in idle for name in ("query", "key", "value")]
+    assert not any(state[name].count_nonzero() for name in unread)  # their bytes would be for nothing
     assert state["skip_weights"].size(0) == (model.skip_count or model.layers // 2)
     assert ("skip_gates" in state) == (model.skips == "gated")
     if model.skips == "gated":
@@ -244,9 +246,9 @@ def is_on_grid(finished: Finished, name: str, bits: int) -> bool:
 
 
 def used(finished: Finished) -> dict[str, int]:
-    """Bits of the quantised tensors that are not as they began, at zero: one less of the matrices that do not fit theirs."""
+    """Bits of the quantised tensors that hold anything: one less of the matrices that do not fit theirs."""
     config = finished.published.quant
-    full = {name: bits_of(name, config) for name in finished.quantized if finished.weights[name].count_nonzero()}
+    full = {name: bits_of(name, config) for name, tensor in finished.quantized.items() if tensor.integers_MN.any()}
     if not config.coarse_matrices:
         return full
     return {name: bits - (is_matrix(name) and not is_on_grid(finished, name, bits)) for name, bits in full.items()}

@@ -59,6 +59,8 @@ def test_starts_are_those_of_1218():
     assert block.attention.out.weight.abs().max() == block.mlp.down.weight.abs().max() == 0
     query = block.attention.query.weight
     torch.testing.assert_close(query @ query.T, torch.eye(512), atol=1e-5, rtol=0)
+    projection = model.value_embedding.projection.weight
+    torch.testing.assert_close(projection.T @ projection, torch.eye(128), atol=1e-5, rtol=0)
     assert model.embedding.weight.std().item() == pytest.approx(0.005, rel=0.01)
     assert block.attention.gain.tolist() == [5.0] * 8
     assert block.mix.tolist() == [[1.0] * 512, [0.0] * 512]

@@ -14,7 +14,7 @@ CLIP = 0.5
 def filled(world):
     """A model with gradients that add up to the same over one process and over two."""
     model = random_model()
-    gradients = gradients_of(model, world)
+    gradients = gradients_of(model, OptimConfig(), world)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parts = torch.randn((2, *parameter.shape), generator=generator)
@@ -45,7 +45,7 @@ def stepped(world, clip_norm):
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_every_gradient_is_a_view_of_one_place_in_the_buffer(size):
     model = random_model()
-    gradients = gradients_of(model, World(rank=0, size=size, device=ALONE.device))
+    gradients = gradients_of(model, OptimConfig(), World(rank=0, size=size, device=ALONE.device))
     gradients.all.copy_(torch.arange(gradients.all.numel()))
     places = [int(place) for p in model.parameters() for place in p.grad.flatten().tolist()]
     assert len(set(places)) == len(places) == sum(p.numel() for p in model.parameters())
@@ -57,7 +57,7 @@ def test_every_gradient_is_a_view_of_one_place_in_the_buffer(size):
 
 def test_a_backward_pass_adds_to_the_buffer_in_place():
     model, tokens = random_model(), random_tokens(length=17)
-    gradients = gradients_of(model, ALONE)
+    gradients = gradients_of(model, OptimConfig(), ALONE)
     addresses = [p.grad.data_ptr() for p in model.parameters()]
     model(tokens[:, :-1], tokens[:, 1:], True).backward()
     once = gradients.all.clone()
@@ -126,7 +126,7 @@ def test_each_group_moves_at_its_own_rate():
         matrix_lr=0.0, embedding_lr=0.2, scalar_lr=0.1, head_lr=0.3, embedding_weight_decay=0.0, scalar_weight_decay=0.0
     )
     model = random_model(tie_embeddings=False)
-    gradients = gradients_of(model, ALONE)
+    gradients = gradients_of(model, OptimConfig(), ALONE)
     before = [p.detach().clone() for p in model.parameters()]
     gradients.all.fill_(1e-3)
     Optimizers(model, config, ALONE, gradients).step(lr_scale=0.5, momentum=0.9)
@@ -134,6 +134,22 @@ def test_each_group_moves_at_its_own_rate():
     for group, lr in (("matrix", 0.0), ("embedding", 0.2), ("head", 0.3), ("scalar", 0.1)):
         for parameter in parameter_groups(model)[group]:  # AdamW's first step is the rate, whatever the gradient
             torch.testing.assert_close(moves[id(parameter)], torch.full_like(parameter, 0.5 * lr), atol=1e-5, rtol=1e-3)
+
+
+def test_projections_of_tables_move_as_matrices_or_as_vectors():
+    for projections, group in (("muon", "matrix"), ("adamw", "scalar")):
+        config = OptimConfig(projections=projections, scalar_lr=0.1, scalar_weight_decay=0.0)
+        model = random_model(bigram_buckets=50, bigram_dim=8)
+        small = [model.bigrams.widen.weight, model.value_embedding.projection.weight]
+        grouped = [id(parameter) for parameter in parameter_groups(model, projections)[group]]
+        assert all(id(weight) in grouped for weight in small)
+        gradients = gradients_of(model, config, ALONE)
+        before = [weight.detach().clone() for weight in small]
+        gradients.all.fill_(1e-3)
+        Optimizers(model, config, ALONE, gradients).step(lr_scale=1.0, momentum=0.9)
+        for weight, old in zip(small, before, strict=True):
+            is_even = torch.allclose(old - weight, torch.full_like(weight, 0.1), atol=1e-5, rtol=1e-3)
+            assert is_even == (projections == "adamw")  # AdamW's first step is the rate, whatever the gradient
 
 
 def test_tables_in_bfloat16_move_as_torch_moves_a_table_that_is_stored_so():

@@ -77,6 +77,17 @@ def test_matrices_whose_inputs_are_smallest_get_one_bit_less(model, found):
     assert all(int(stored[f"{name}.weight"].integers_MN.abs().max()) <= 15 for name in coarse)
 
 
+def test_matrices_that_nothing_reads_are_zero_in_the_file_and_no_coarser_for_it():
+    model = random_model(first_attention_layer=2)
+    found, config = calibrated(model), QuantConfig(coarse_matrices=3)
+    unread = [f"blocks.{layer}.attention.{name}" for layer in (0, 1) for name in ("query", "key", "value", "out")]
+    assert {grids_of(model, found.moments, config)[name].bits for name in unread} == {6}
+    stored = quantize(model, found, config).tensors
+    assert [name for name in matrices(model) if not stored[name].integers_MN.any()] == [
+        f"{name}.weight" for name in unread
+    ]
+
+
 def test_the_output_head_by_gptq_loses_less_in_the_logits(model, found):
     config = QuantConfig(embedding_bits=4)
     table = model.embedding.weight.detach()
