@@ -73,10 +73,9 @@ class Reader:
     def _normalizer(self) -> Any:
         if self.model is not None:
             return self.tokenizer
-        return (
-            sentencepiece.SentencePieceNormalizer(  # before 0.2.3 it kept extra spaces by default, as no tokenizer does
-                rule_name=NORMALIZATION, add_dummy_prefix=False, remove_extra_whitespaces=True
-            )
+        # Before 0.2.3 it kept extra spaces unless told otherwise, as no tokenizer does.
+        return sentencepiece.SentencePieceNormalizer(
+            rule_name=NORMALIZATION, add_dummy_prefix=False, remove_extra_whitespaces=True
         )
 
     def __call__(self, batch: Batch) -> list[Document]:
