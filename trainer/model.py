@@ -135,7 +135,8 @@ class Block(nn.Module):
     ) -> Tensor:  # fmt: skip
         """What attention's last product reads, of the last `kept` positions; zeros where there is none."""
         if self.config.first_attention_layer and self.layer < self.config.first_attention_layer:
-            y = inputs = torch.zeros_like(inputs)  # calibration finds that nothing reads these matrices, and stores zeros
+            # So calibration finds that nothing reads these matrices, and stores zeros.
+            y = inputs = torch.zeros_like(inputs)
         else:
             y = self.attention(inputs, matrices.qkv_ND, rotary, value_embedding, scored=kept, terms=terms)
         if observe:
