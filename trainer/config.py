@@ -376,7 +376,7 @@ class QuantConfig(Section):
     """Candidates for a row's clipping point, as quantiles of its absolute weights."""
 
     clip_floor: float = _between(0.0, 0)
-    """Smallest clipping point of a row under `quantile`, of a table's too; 0 is off. The scripts from #1218 to #1334: 1, so that
+    """Smallest clipping point of a row under `quantile`, of a table's too; 0 is off. The scripts from #549 to #1334: 1, so that
     all rows of smaller weights share one grid, of steps of 1/31 in 6 bits.
     """
 
