@@ -34,7 +34,9 @@ from trainer.train import order_seed
 
 SINGLE = (  # on their own grids, whatever their size
     ("round to nearest, quantiles", {"method": "rtn", "grid": "quantile"}),
-    ("GPTQ, quantiles: #1326", {"grid": "quantile"}),
+    ("GPTQ, quantiles", {"grid": "quantile"}),
+    ("round to nearest, quantiles over a floor of 1: #549", {"method": "rtn", "grid": "quantile", "clip_floor": 1.0}),
+    ("GPTQ, quantiles over a floor of 1: #1326", {"grid": "quantile", "clip_floor": 1.0}),
     ("GPTQ, quantiles by the outputs' error", {"grid": "quantile", "clip_criterion": "output"}),
     ("GPTQ, quantiles, int5 MLPs", {"grid": "quantile", "mlp_bits": 5}),
     ("the same, three corrections of rank 4", {"grid": "quantile", "mlp_bits": 5, "low_rank_tensors": 3}),
@@ -42,8 +44,9 @@ SINGLE = (  # on their own grids, whatever their size
 )  # fmt: skip
 FITTED = (  # to one size
     ("round to nearest, quantiles", {"method": "rtn", "grid": "quantile", "fit": "coarsen"}),
-    ("GPTQ, quantiles, pruned: #1334", {"grid": "quantile", "fit": "prune"}),
+    ("GPTQ, quantiles over a floor of 1, pruned: #1334", {"grid": "quantile", "clip_floor": 1.0, "fit": "prune"}),
     ("GPTQ, quantiles", {"grid": "quantile", "fit": "coarsen"}),
+    ("GPTQ, quantiles over a floor of 1", {"grid": "quantile", "clip_floor": 1.0, "fit": "fill"}),
     ("GPTQ, deviations", {"grid": "std", "fit": "fill"}),
     ("GPTQ, deviations, the head too, 7 bits", {"grid": "std", "fit": "fill", "embedding_method": "gptq", "embedding_bits": 7, "embedding_clip_std": 15.0}),
     ("GPTQ, deviations by importance: #1412", {"grid": "std", "fit": "fill", "clip_importance": 0.175}),
@@ -135,7 +138,7 @@ def page(bench: Bench, sizes: list[float]) -> Iterator[str]:
         f"{parameters:,} parameters, {bench.stream.positions:,} targets; unquantised {bench.bpb:.5f} BPB; calibration, "
         f"moments and information, {seconds:.1f} s."
     )
-    own = dataclasses.replace(bench.config.quant, coder="entropy", margin_bytes=200)
+    own = dataclasses.replace(bench.config.quant, clip_floor=0.0, coder="entropy", margin_bytes=200)
     yield f"\n## On their own grids\n\n{HEAD_LINES}"
     for title, knobs in SINGLE:
         yield bench.row(title, found, dataclasses.replace(own, **knobs), UNLIMITED)
