@@ -46,10 +46,13 @@ def test_a_ladder_begins_with_what_costs_little(tmp_path):
     assert trace.spent / 3600 == pytest.approx(20 * proxies + 13 * HOURS / 8 + 6 * HOURS, rel=0.05)
 
 
-def test_a_race_ends_with_a_verdict(tmp_path):
-    trace = simulate(study(trials=24, extra=RACE), WHERE, folder=str(tmp_path))
-    assert trace.verdict in (BETTER, NOT_BETTER, HOPELESS) and trace.confirmation_hours >= 4 * 0.99 * HOURS
-    assert trace.is_accepted == (trace.verdict == BETTER)
+def test_a_race_ends_with_a_verdict_unless_a_file_is_over_the_cap(tmp_path):
+    question = study(trials=24, extra=RACE)
+    traces = [simulate(question, Landscape(seed=n, bounds=BOUNDS), folder=str(tmp_path)) for n in range(1, 11)]
+    decided = [trace for trace in traces if trace.verdict in (BETTER, NOT_BETTER, HOPELESS)]
+    assert len(decided) >= 4  # of a race's first four files one is over the cap in a quarter of the cases
+    assert all(trace.confirmation_hours >= 4 * 0.99 * HOURS for trace in decided)
+    assert all(trace.is_accepted == (trace.verdict == BETTER) for trace in traces)
 
 
 @pytest.mark.parametrize("family", ["bowl", "valley", "ripple"])
