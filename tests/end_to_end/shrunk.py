@@ -52,7 +52,7 @@ SIZES: dict[str, Any] = {
 STEPS = {"schedule.steps": 24, "limits.train_seconds": 120.0}
 """Of a schedule that follows steps."""
 
-CAPS = {("coarsen", "quantile"): 350_000, ("coarsen", "std"): 250_000, ("fill", "fisher"): 60_000}
+CAPS = {("coarsen", "quantile"): 130_000, ("coarsen", "std"): 250_000, ("fill", "fisher"): 60_000}
 """By fit and grid: caps for which the grid has to be changed. Pruning takes off too little for one that all runs were over."""
 
 
