@@ -52,6 +52,9 @@ def test_a_race_ends_with_a_verdict_unless_a_file_is_over_the_cap(tmp_path):
     decided = [trace for trace in traces if trace.verdict in (BETTER, NOT_BETTER, HOPELESS)]
     assert len(decided) >= 4  # of a race's first four files one is over the cap in a quarter of the cases
     assert all(trace.confirmation_hours >= 4 * 0.99 * HOURS for trace in decided)
+    others = [trace for trace in traces if trace not in decided]
+    assert {trace.verdict for trace in others} <= {"not confirmed"}
+    assert all(trace.confirmation_hours < 4 * 0.99 * HOURS for trace in others)  # an arm fell out before it had its seeds
     assert all(trace.is_accepted == (trace.verdict == BETTER) for trace in traces)
 
 

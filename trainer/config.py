@@ -408,7 +408,7 @@ class QuantConfig(Section):
     """Loss that rounding under `fisher` may add by the second-order estimate, nats per token, before the file is fitted."""
 
     half_vectors: bool = False
-    """Store learned vectors in float16, as the scripts from #1218 on do."""
+    """Store learned vectors in float16, as the scripts from #549 on do."""
 
     coder: str = _one_of("entropy", "brotli", "entropy")
     """How integers are coded: `brotli` as bytes; `entropy` by a range coder that learns the sizes of rows and columns."""

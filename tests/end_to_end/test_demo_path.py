@@ -35,7 +35,7 @@ from tests.trainer.make_data import VOCAB_SIZE, texts, write_jsonl
 from trainer import protocol
 from trainer.protocol import COMPLETE, TTT, read_result
 
-HELP_SECONDS = 0.4
+HELP_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
