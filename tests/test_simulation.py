@@ -54,9 +54,8 @@ def test_a_race_ends_with_a_verdict_unless_a_file_is_over_the_cap(tmp_path):
     assert all(trace.confirmation_hours >= 4 * 0.99 * HOURS for trace in decided)
     others = [trace for trace in traces if trace not in decided]
     assert {trace.verdict for trace in others} <= {"not confirmed"}
-    assert all(
-        trace.confirmation_hours < 4 * 0.99 * HOURS for trace in others
-    )  # an arm fell out before it had its seeds
+    # There an arm fell out before it had its seeds.
+    assert all(trace.confirmation_hours < 4 * 0.99 * HOURS for trace in others)
     assert all(trace.is_accepted == (trace.verdict == BETTER) for trace in traces)
 
 
