@@ -1,8 +1,9 @@
 """The controller as a small job of the cluster, for studies that outlive every login session.
 
-Each controller job queues its successor before it begins, to start once it has ended: whether its time is up, its node
-dies or it is killed, another goes on from the ledger. A controller that brings the study to its end, or finds that a
-person is needed, takes its successor out of the queue.
+The first thing that a controller job does, before its program is loaded, is to queue its successor, to start once it has
+ended: whether its time is up, its node dies or it is killed, another goes on from the ledger. A controller that brings
+the study to its end, or finds that a person is needed, takes its successor out of the queue; where several in a row
+never came to begin, as where the environment is broken, no further one is queued.
 """
 
 from __future__ import annotations
@@ -27,7 +28,20 @@ from trainer.protocol import write_bytes_atomically
 
 NOTICE_SECONDS = 120  # before its time is up a controller is told to leave
 PATIENCE_SECONDS = 240.0  # for a predecessor on another node, whose death shows by its silence only
-ANSWER_SECONDS = 30.0  # for the scheduler's commands
+ANSWER_SECONDS = 30  # for the scheduler's commands
+MOST_STILLBORN = 3  # controllers in a row that end before their program begins
+
+SUCCESSOR = "CADDIE_SUCCESSOR"
+"""Environment variable with the id of the successor that the job's script has queued."""
+
+QUEUE_SUCCESSOR = """\
+echo "$SLURM_JOB_ID" >>{births}
+if [ "$(wc -l <{births})" -le {most} ]; then
+    inherited=$(compgen -v SLURM_ | grep -vx SLURM_CONF | sed 's/^/--unset=/')
+    queued=$(env $inherited timeout {seconds} sbatch --parsable "--dependency=afterany:$SLURM_JOB_ID" {script}) &&
+        export {variable}="${{queued%%;*}}"
+fi"""
+"""Part of the job's script. What would make the successor this job's is not handed on."""
 
 
 def job_name(home: Home, study: str) -> str:
@@ -77,10 +91,12 @@ def _cancel(jobs: Sequence[str]) -> None:
 def succeeded(study: StudyDir, job_id: str) -> Iterator[None]:
     """Within the block, this controller job has a successor, which stays where the controller only has to leave.
 
-    A scheduler that takes none now is asked again when the time is up.
+    Where the job's script could not queue it, the scheduler is asked here, and once more when the time is up.
     """
-    after = f"--dependency=afterany:{job_id}"
-    successor = _queued_or_told(study, after)
+    after, queued = f"--dependency=afterany:{job_id}", os.environ.pop(SUCCESSOR, "")
+    successor = [queued] if queued else _queued_or_told(study, after)
+    with contextlib.suppress(OSError):
+        study.job_births.unlink(missing_ok=True)
     try:
         yield
     except Interrupted:
@@ -141,7 +157,11 @@ def _script(home: Home, study: str, files: StudyDir, arguments: Sequence[str], o
         f"--signal=B:TERM@{NOTICE_SECONDS}", f"--chdir={Path.cwd()}", *options,
     ]  # fmt: skip
     exports = [f"export {name}={shlex.quote(environment[name])}" for name in (detach.ROLE, "PYTHONPATH")]
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in directives), *exports]
+    queue_successor = QUEUE_SUCCESSOR.format(
+        births=shlex.quote(str(files.job_births)), script=shlex.quote(str(files.job_script)), most=MOST_STILLBORN,
+        seconds=ANSWER_SECONDS, variable=SUCCESSOR,
+    )  # fmt: skip
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in directives), *exports, queue_successor]
     return "\n".join([*lines, f"exec {shlex.join(detach.command_of(arguments))}", ""])
 
 

@@ -40,6 +40,10 @@ class StudyDir:
         return self.root / "controller.sbatch"
 
     @property
+    def job_births(self) -> Path:  # ids of controller jobs that have started and whose program has not begun
+        return self.root / "controller.births"
+
+    @property
     def optuna_journal(self) -> Path:  # a view: made again from the ledger at every start
         return self.root / "optuna.journal"
 

@@ -285,8 +285,14 @@ def partial_of(path: Path, file: HubFile) -> Path:
 
 
 def _bytes_there(wanted: Mapping[Path, HubFile]) -> int:
-    places = [place for path, file in wanted.items() for place in (path, partial_of(path, file))]
-    return sum(place.stat().st_size for place in places if place.exists())
+    return sum(_size(place) for path, file in wanted.items() for place in (path, partial_of(path, file)))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # not begun, or moved to its place while one looks
+        return 0
 
 
 def _how_far(wanted: Mapping[Path, HubFile]) -> str:
@@ -309,7 +315,7 @@ def _continue(repo: str, commit: str, file: HubFile, path: Path, stopped: thread
 
     disable_progress_bars()
     partial = partial_of(path, file)
-    if partial.exists() and partial.stat().st_size > file.size:
+    if _size(partial) > file.size:
         partial.unlink()
     url = hf_hub_url(repo, file.path, repo_type="dataset", revision=commit)
     with Partial(partial, stopped) as content:

@@ -37,7 +37,7 @@ from orchestrator.errors import CaddieError  # noqa: E402
 from orchestrator.home import Home  # noqa: E402
 from orchestrator.job_names import JobNames  # noqa: E402
 from orchestrator.launcher import LocalLauncher  # noqa: E402
-from orchestrator.ledger import Attempt, Ledger, StudyState  # noqa: E402
+from orchestrator.ledger import ENDED, Attempt, Ledger, StudyState  # noqa: E402
 from orchestrator.processes import TRAINER_TAG, signal_tagged, trainer_tag  # noqa: E402
 from orchestrator.slots import Slots  # noqa: E402
 from orchestrator.slurm_launcher import SlurmLauncher  # noqa: E402
@@ -56,7 +56,10 @@ SUSPENDED_SECONDS = (5.0, 40.0)
 DISK_BYTES = 2**29
 CONTROLLER_PAUSE = 0.5
 CALM_FROM = 0.6  # part of the limit after which nothing more is killed
-MOST_EXITS = 50  # of the same error: it is no fault of ours then
+UNEXPECTED = 1  # exit code of a Python program that an error of no known kind has ended
+LOG_CHARACTERS = 4000
+MOST_EXITS = 50  # of controllers, with no run complete between them: it is no fault of ours then
+MOST_IDLE_FAULTS = 2  # with no run complete between them: on a slow machine controllers would only ever start
 
 LYING_SBATCH = """#!/bin/sh
 # One submission in {one_in} is made and denied, another is neither made nor answered.
@@ -139,11 +142,15 @@ class Harness:
     _suspended: set[str] = field(default_factory=set)
     """Jobs that were, by id."""
 
-    def run(self, every: float, until: float) -> None:
-        """Work until the study is finished, with a fault every so many seconds, but for the last part of the time.
+    _complete: int = 0
+    """Attempts that had come to their end when it was last looked."""
 
-        Where controllers take longer to start than they live, nothing is done, and nothing is to be learned from it.
-        """
+    _idle_faults: int = 0
+    _idle_exits: int = 0
+    """Since that number grew."""
+
+    def run(self, every: float, until: float) -> None:
+        """Work until the study is finished, with a fault every so many seconds, but for the last part of the time."""
         kinds = self._kinds()
         next_fault = time.monotonic() + every
         ends, calm = time.monotonic() + until, time.monotonic() + CALM_FROM * until
@@ -155,22 +162,36 @@ class Harness:
             for due in [due for due in self._due if time.monotonic() >= due[0]]:
                 self._due.remove(due)
                 due[1]()
-            if every and next_fault <= time.monotonic() < calm:
+            if every and next_fault <= time.monotonic() < calm and self._has_moved():
                 next_fault = time.monotonic() + every * self.dice.uniform(0.5, 1.5)
                 fault = self.dice.choice(kinds)()
                 self.faults += [fault] if fault else []
+                self._idle_faults += fault is not None
         for _, come_back in self._due:
             come_back()
         if self._controller is not None and self._controller.returncode is None:
             self._controller.kill()
             self._controller.wait()
 
+    def _has_moved(self) -> bool:
+        """Whether a run has come to its end lately, for all that was done to it."""
+        ledger = self.home.study("tiny").ledger
+        ends = (record for _, record in protocol.read_lines(ledger) if record["kind"] == ENDED) if ledger.exists() else ()
+        complete = sum(record["status"] == protocol.COMPLETE for record in ends)
+        if complete > self._complete:
+            self._complete, self._idle_faults, self._idle_exits = complete, 0, 0
+        return self._idle_faults < MOST_IDLE_FAULTS
+
     def _start(self) -> None:
-        with (self.home.root / "controller.log").open("ab") as log:
+        with self._log.open("ab") as log:
             self._controller = subprocess.Popen(
                 [sys.executable, __file__, "control", self.kind, str(self.home.root), str(self.trials), str(self.slots)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+
+    @property
+    def _log(self) -> Path:  # not on the disk that is filled
+        return self.home.root.with_name("controller.log")
 
     def _reap(self) -> int | None:
         """The exit code of a controller that ended of itself; one that did not finish is started again."""
@@ -180,9 +201,10 @@ class Harness:
             return None
         self._controller.returncode = code = os.waitstatus_to_exitcode(status)
         self.exits[code] += 1
+        self._idle_exits += 1
         self.cpu_seconds += usage.ru_utime + usage.ru_stime
-        if code > 0 and self.exits[code] > MOST_EXITS:
-            raise RuntimeError(f"controllers end with {code}: {self.home.root}/controller.log")
+        if code == UNEXPECTED or (code > 0 and self._idle_exits > MOST_EXITS):
+            raise RuntimeError(f"controllers end with {code}:\n{self._log.read_text()[-LOG_CHARACTERS:]}")
         if code:
             time.sleep(CONTROLLER_PAUSE)
             self._start()

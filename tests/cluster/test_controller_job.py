@@ -10,7 +10,7 @@ import pytest
 from orchestrator import ledger
 from orchestrator.home import Home
 from tests.cluster.emulated import Cluster, until
-from tests.end_to_end.micro import NAME, ONE_AT_A_TIME, caddie, records, require_decided_once, state
+from tests.end_to_end.micro import NAME, ONE_AT_A_TIME, TRIALS, caddie, records, require_decided_once, state
 from trainer import protocol
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
@@ -32,15 +32,21 @@ def log(home: Home, name: str = NAME) -> str:
     return home.study(name).log.read_text() if home.study(name).log.exists() else ""
 
 
+def controllers(cluster: Cluster, state: str) -> list[str]:
+    """Ids of the controller jobs in a state of Slurm's."""
+    return [job for job, name, *_ in cluster.jobs(state) if name.startswith("caddie-controller")]
+
+
 def test_a_controller_whose_time_is_up_is_followed_by_another_that_repeats_nothing(
     cluster: Cluster, tmp_path: Path, held: Home
 ) -> None:
-    """Two minutes, of which it is told to leave after some ten seconds; and one that is killed with its job."""
+    """Two minutes, of which it is told to leave after some twenty seconds; one is killed, the next as it starts."""
     study = tmp_path / "micro.toml"
-    study.write_text(ONE_AT_A_TIME.replace("slots = 1", 'launcher = "slurm"\nslots = 1'))
+    longer = ONE_AT_A_TIME.replace(f"trials = {TRIALS}", "trials = 5")  # none of them is to reach the end by itself
+    study.write_text(longer.replace("slots = 1", 'launcher = "slurm"\nslots = 1'))
     at_home = ("--home", str(held.root), "study")
     started = caddie(
-        *at_home, "run", study, "--as-job", "--job-options=--time=2 --signal=B:TERM@110", cwd=tmp_path,
+        *at_home, "run", study, "--as-job", "--job-options=--time=2 --signal=B:TERM@100", cwd=tmp_path,
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
     assert "its controller is job" in started.stdout and "study stop micro" in started.stdout
@@ -50,8 +56,11 @@ def test_a_controller_whose_time_is_up_is_followed_by_another_that_repeats_nothi
 
     seen = len(records(held, ledger.ENDED))
     until(lambda: len(records(held, ledger.ENDED)) > seen, 240, "progress under the successor")
-    name = next(name for _, name, _, _ in cluster.jobs("running") if name.startswith("caddie-controller"))
-    cluster.ask("scancel", "--signal=KILL", "--full", f"--jobname={name}", "--state=RUNNING")
+    until(lambda: controllers(cluster, "running") and controllers(cluster, "pending"), 60, "a controller and its successor")
+    (works,), (waiting,) = controllers(cluster, "running"), controllers(cluster, "pending")
+    cluster.ask("scancel", "--signal=KILL", "--full", works, check=False)
+    until(lambda: waiting in controllers(cluster, "running") and controllers(cluster, "pending"), 60, "the next of them")
+    cluster.ask("scancel", waiting)
 
     until(lambda: held.study(NAME).ledger.exists() and state(held).closed == ledger.FINISHED, 400, "the study's end")
     until(lambda: not cluster.jobs("running,pending"), 60, "an empty queue")

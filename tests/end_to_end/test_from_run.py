@@ -63,7 +63,7 @@ def test_a_stored_model_is_scored_again_by_the_command_and_by_a_study(make_home:
         base.bpb(protocol.SLIDING),
     )
     assert run.bpb(protocol.TTT) != base.bpb(protocol.TTT)
-    assert f"{run.bpb(protocol.TTT):.4f}" in again.stdout
+    assert f"{run.bpb(protocol.TTT):.5f}" in again.stdout
     assert home.mlflow_database.exists() and evidence.problems == ()
     assert evidence.cpu_run_seconds > 0  # the ledger has it
     events = [event for _, event in read_lines(home.run(run.run_id).attempt(1).events)]

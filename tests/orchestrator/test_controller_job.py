@@ -86,6 +86,42 @@ def test_the_successor_stays_where_the_controller_is_killed(home, slurm):
     assert slurm.states()["2"] == "PENDING"
 
 
+def run_script(home, job_id, last_line):
+    """The job's script, as Slurm runs it, with another program at its end; what that printed."""
+    lines = home.study("tiny").job_script.read_text().splitlines()
+    script = "\n".join([*lines[:-1], last_line])
+    environment = {**os.environ, "SLURM_JOB_ID": job_id, "SLURM_CPUS_PER_TASK": "4", "SLURM_CONF": "/etc/slurm.conf"}
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_successor_is_queued_before_the_program_is_loaded(home, slurm, monkeypatch):
+    submit(home)
+    assert run_script(home, "1", f"echo ${controller_job.SUCCESSOR}") == "2\n"
+    assert f"sbatch --parsable --dependency=afterany:1 {home.study('tiny').job_script}" in slurm.asked()
+    assert "SLURM_CONF=/etc/slurm.conf" in slurm.asked()
+    assert not any(line.startswith(("SLURM_JOB_ID", "SLURM_CPUS")) for line in slurm.asked())
+    monkeypatch.setenv(controller_job.SUCCESSOR, "2")
+    with controller_job.succeeded(home.study("tiny"), "1"):
+        assert slurm.states() == {"1": "PENDING", "2": "PENDING"}
+        assert controller_job.SUCCESSOR not in os.environ  # what it starts has another
+    assert slurm.states()["2"] == "CANCELLED"
+
+
+def test_controllers_that_never_begin_do_not_follow_one_another_forever(home, slurm):
+    submit(home)
+    said = [run_script(home, str(number), f"echo ${controller_job.SUCCESSOR}").strip() for number in range(1, 6)]
+    assert said == ["2", "3", "4", "", ""]
+    with controller_job.succeeded(home.study("tiny"), "5"):  # one that begins queues its own, and the count begins anew
+        assert "sbatch --parsable --dependency=afterany:5" in slurm.log.read_text()
+        assert run_script(home, "6", f"echo ${controller_job.SUCCESSOR}") == "6\n"
+
+
+def test_a_script_that_can_queue_no_successor_goes_on_to_its_program(home, slurm):
+    submit(home)
+    slurm.refuse("sbatch: error: Unable to contact slurm controller")
+    assert run_script(home, "1", f"echo begun ${controller_job.SUCCESSOR}") == "begun\n"
+
+
 @pytest.mark.parametrize("error", [StorageError("the disk is full"), RuntimeError("a mistake of ours")])
 def test_what_a_person_has_to_mend_is_not_tried_again_and_again(home, slurm, error):
     submit(home)
