@@ -176,7 +176,9 @@ class Harness:
     def _has_moved(self) -> bool:
         """Whether a run has come to its end lately, for all that was done to it."""
         ledger = self.home.study("tiny").ledger
-        ends = (record for _, record in protocol.read_lines(ledger) if record["kind"] == ENDED) if ledger.exists() else ()
+        ends = (
+            (record for _, record in protocol.read_lines(ledger) if record["kind"] == ENDED) if ledger.exists() else ()
+        )
         complete = sum(record["status"] == protocol.COMPLETE for record in ends)
         if complete > self._complete:
             self._complete, self._idle_faults, self._idle_exits = complete, 0, 0

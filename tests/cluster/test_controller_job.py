@@ -56,10 +56,16 @@ def test_a_controller_whose_time_is_up_is_followed_by_another_that_repeats_nothi
 
     seen = len(records(held, ledger.ENDED))
     until(lambda: len(records(held, ledger.ENDED)) > seen, 240, "progress under the successor")
-    until(lambda: controllers(cluster, "running") and controllers(cluster, "pending"), 60, "a controller and its successor")
+    until(
+        lambda: controllers(cluster, "running") and controllers(cluster, "pending"),
+        60,
+        "a controller and its successor",
+    )
     (works,), (waiting,) = controllers(cluster, "running"), controllers(cluster, "pending")
     cluster.ask("scancel", "--signal=KILL", "--full", works, check=False)
-    until(lambda: waiting in controllers(cluster, "running") and controllers(cluster, "pending"), 60, "the next of them")
+    until(
+        lambda: waiting in controllers(cluster, "running") and controllers(cluster, "pending"), 60, "the next of them"
+    )
     cluster.ask("scancel", waiting)
 
     until(lambda: held.study(NAME).ledger.exists() and state(held).closed == ledger.FINISHED, 400, "the study's end")
