@@ -16,6 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainer.protocol import write_bytes_atomically
 NOTICE_SECONDS = 120  # before its time is up a controller is told to leave
 PATIENCE_SECONDS = 240.0  # for a predecessor on another node, whose death shows by its silence only
 ANSWER_SECONDS = 30  # for the scheduler's commands
+QUEUE_SECONDS = 0.5  # after which the scheduler shows a job that was submitted
 MOST_STILLBORN = 3  # controllers in a row that end before their program begins
 
 SUCCESSOR = "CADDIE_SUCCESSOR"
@@ -73,11 +75,17 @@ def jobs_of(home: Home, study: str, *, states: str = "PENDING,RUNNING") -> list[
     return told.split()
 
 
-def cancel_waiting(home: Home, study: str) -> list[str]:
-    """Take the study's controller jobs that have not begun out of the queue; their ids."""
-    waiting = jobs_of(home, study, states="PENDING")
-    _cancel(waiting)
-    return waiting
+def cancel_idle(home: Home, study: str, *, is_worked_on: bool) -> list[str]:
+    """Take the study's controller jobs that wait out of the queue, and where none of them works on it, those that are just
+    starting; their ids. A job that is ended as it starts may have queued its successor meanwhile, which goes as well.
+    """
+    taken: list[str] = []
+    states = "PENDING" if is_worked_on else "PENDING,RUNNING"
+    while idle := [job for job in jobs_of(home, study, states=states) if job not in taken]:
+        _cancel(idle)
+        taken += idle
+        time.sleep(QUEUE_SECONDS)
+    return taken
 
 
 def _cancel(jobs: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -167,12 +167,12 @@ def as_line(found: StudyStatus) -> str:
 def ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     """Ask a study's controller to submit nothing more, with `cancel` also to stop its jobs; what was done, in words.
 
-    Where no controller works on it, its jobs are asked directly; controllers that wait in the cluster's queue are taken
-    out of it. Of a ladder it is the rung that is worked on. Raises ConfigError, StorageError.
+    Where no controller works on it, its jobs are asked directly; controllers that wait in the cluster's queue, or are only
+    starting, are taken out of it. Of a ladder it is the rung that is worked on. Raises ConfigError, StorageError.
     """
     rungs = climb.find(home, name)
     if rungs:
-        taken = controller_job.cancel_waiting(home, name)
+        taken = controller_job.cancel_idle(home, name, is_worked_on=_is_worked_on(home, [rung.name for rung in rungs]))
         # Between two rungs no controller would hear it; the climb looks for it before it begins the next.
         write_bytes_atomically(home.study(name).stop, _word(cancel=cancel))
         told = _ask_to_stop(home, climb.current(home, rungs).name, cancel=cancel)
@@ -182,9 +182,10 @@ def ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
 
 def _ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     """The same of one study."""
-    files, waiting = home.study(name), controller_job.cancel_waiting(home, name)
-    if waiting and not files.ledger.exists():
-        return f"{name}: took its controller, job {', '.join(waiting)}, out of the queue; nothing had begun"
+    files = home.study(name)
+    idle = controller_job.cancel_idle(home, name, is_worked_on=_is_worked_on(home, [name]))
+    if idle and not files.ledger.exists():
+        return f"{name}: took its controller, job {', '.join(idle)}, out of the queue; nothing had begun"
     if lock.holder(files) is None:
         read_study(home, name)
     try:
@@ -195,6 +196,14 @@ def _ask_to_stop(home: Home, name: str, *, cancel: bool) -> str:
     if cancel:
         return f"{name}: asked its controller to stop the jobs and end"
     return f"{name}: asked its controller to end after the running jobs"
+
+
+def _is_worked_on(home: Home, names: Sequence[str]) -> bool:
+    """Whether a controller works on any of a ladder's studies, or has brought the last to its end and may be reporting."""
+    if any(lock.holder(home.study(name)) for name in names):
+        return True
+    last = home.study(names[-1]).ledger
+    return last.exists() and Ledger(last).state().closed == ledger.FINISHED
 
 
 def ask_to_retry(home: Home, name: str, *, kinds: Collection[str] = ()) -> str:

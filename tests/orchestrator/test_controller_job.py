@@ -184,6 +184,27 @@ def test_a_study_whose_controller_waits_for_the_cluster_is_queued_and_can_be_tak
     assert slurm.states() == {"1": "CANCELLED"}
 
 
+def test_a_controller_that_is_only_starting_is_taken_out_with_the_successor_that_it_queues_meanwhile(home, slurm):
+    submit(home)
+    (slurm.jobs / "1").write_text("RUNNING\n")
+    scancel = slurm.folder / "scancel"
+    scancel.write_text(f"{scancel.read_text()}[ -e {slurm.jobs}/2 ] || echo PENDING > {slurm.jobs}/2\n")
+    assert oversight.ask_to_stop(home, "tiny", cancel=False) == (
+        "tiny: took its controller, job 1, 2, out of the queue; nothing had begun"
+    )
+    assert slurm.states() == {"1": "CANCELLED", "2": "CANCELLED"}
+
+
+def test_a_controller_that_reports_on_a_finished_study_is_left_alone(home, slurm):
+    from make_controller import controller
+
+    controller(parse_study(study_text()), home).run()
+    submit(home)
+    (slurm.jobs / "1").write_text("RUNNING\n")
+    assert "there is nothing to stop" in oversight.ask_to_stop(home, "tiny", cancel=False)
+    assert slurm.states() == {"1": "RUNNING"}
+
+
 def test_stopping_a_study_takes_the_waiting_successor_too_and_leaves_the_running_controller(home, slurm):
     from make_controller import controller
 
