@@ -22,7 +22,7 @@ ui: $(INSTALLED) ## MLflow's pages on what has been run
 
 test: ARGS ?= -m "not slow"
 test: WORKERS ?= 2
-test: $(INSTALLED) ## the tests, a quarter of an hour; ARGS="-m slow" WORKERS=0 for whole studies, restarts, clusters and clean rooms
+test: $(INSTALLED) ## the tests, a quarter of an hour; ARGS="-m slow" for whole studies, restarts, clusters and clean rooms
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED) ## lint and types

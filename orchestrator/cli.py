@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from orchestrator.study_commands import (
     study_status,
     study_stop,
 )
-from orchestrator.terminal import fail
+from orchestrator.terminal import fail, silence
 from orchestrator.view_commands import costs, doctor, track, ui
 from trainer.protocol import STAGES, storage_error
 
@@ -542,13 +541,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` say, had enough; nothing more may be flushed into it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader, `head` say, had enough
+        silence(sys.stdout)
         return PIPE_CLOSED
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        return fail(storage_error(error, Path(error.filename or ".")))
+        return fail(storage_error(error, Path(error.filename or _place_of_output())))
+
+
+def _place_of_output() -> str:
+    """Where a command's output goes, where that takes nothing; else the current directory."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+        return "/dev/stdout"
+    return "."
 
 
 if __name__ == "__main__":

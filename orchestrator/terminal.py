@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from orchestrator.errors import CaddieError, ProtocolError
 
@@ -39,8 +41,16 @@ def tell_damage(damage: Sequence[str]) -> int:
 
 
 def fail(error: CaddieError) -> int:
-    """Tell an error and its remedy; its exit code."""
-    print(f"error: {error}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    """Tell an error and its remedy; its exit code, which stands also where nothing can be told."""
+    try:
+        print(f"error: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+    except OSError:
+        silence(sys.stderr)
     return error.exit_code
+
+
+def silence(stream: TextIO) -> None:
+    """Send nowhere what a stream cannot write, which would be tried again at the process's end and decide its exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

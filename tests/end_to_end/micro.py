@@ -69,7 +69,7 @@ def command(*arguments: str | Path) -> list[str]:
 def caddie(*arguments: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=240, check=False,
+        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
 
 

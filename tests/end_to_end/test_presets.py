@@ -24,7 +24,7 @@ from trainer.protocol import COMPLETE, LEARNED, SCORED, TTT
 from trainer.quantize import FISHER_BITS
 from trainer.ttt import PARITY_TOLERANCE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first run compiles what the others find
+pytestmark = pytest.mark.slow
 
 FISHER = "pr1326-fisher"
 ORDERS = {name: order for name, (_, order) in FACTS.items()} | {FISHER: TWICE}
@@ -51,12 +51,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def grouped(preset: str) -> pytest.ParameterSet:
-    """Under `--dist loadgroup` the tests of a preset stay together, as they share its run."""
-    return pytest.param(preset, marks=pytest.mark.xdist_group(preset))
-
-
-@pytest.fixture(scope="module", params=list(map(grouped, ORDERS)))
+@pytest.fixture(scope="module", params=list(ORDERS))
 def preset(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -333,7 +328,7 @@ def test_it_learns_from_each_chunk_after_its_score_where_it_adapts(finished: Fin
     assert max(moves) > PARITY_TOLERANCE  # of a chunk: over all of them better and worse may cancel, after so few steps
 
 
-@pytest.mark.parametrize("preset", [grouped("pr1217")], indirect=True)
+@pytest.mark.parametrize("preset", ["pr1217"], indirect=True)
 def test_slot_fits_its_vector_before_windows_are_scored(finished: Finished) -> None:
     config, sliding = finished.config.evaluation, finished.result.scores["sliding"].loss
     assert config.slot_steps == finished.published.evaluation.slot_steps == 8
@@ -343,7 +338,7 @@ def test_slot_fits_its_vector_before_windows_are_scored(finished: Finished) -> N
     assert sliding < without - 1000 * REPRODUCED
 
 
-@pytest.mark.parametrize("preset", [grouped("pr461")], indirect=True)
+@pytest.mark.parametrize("preset", ["pr461"], indirect=True)
 def test_a_file_over_the_cap_is_pruned_where_the_preset_says_so(finished: Finished, home: Home) -> None:
     cap = finished.result.artifact_bytes - 500
     again = run_again(finished, Home(home.root / "pr461"), limits__artifact_bytes=cap)

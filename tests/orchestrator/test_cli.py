@@ -380,6 +380,33 @@ def test_ctrl_c_ends_with_the_shells_code(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "full", "code", "told"),
+    [
+        (
+            ("study", "list"),
+            "stdout",
+            StorageError.exit_code,
+            "error: /dev/stdout: cannot be written: No space left on device",
+        ),
+        (("study", "status", "nothing"), "stderr", ConfigError.exit_code, ""),
+    ],
+)
+def test_the_exit_code_stands_where_the_disk_takes_no_word(
+    home: Path, arguments: tuple[str, ...], full: str, code: int, told: str
+) -> None:
+    make_study(home)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as disk:
+        done = subprocess.run(
+            [sys.executable, "-m", "orchestrator.cli", "--home", str(home), *arguments], cwd=Path(__file__).parents[2],
+            text=True, check=False, env=environment,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: disk},
+        )  # fmt: skip
+    assert done.returncode == code
+    assert (done.stderr or "").startswith(told) and "Traceback" not in (done.stderr or "")
+
+
 def test_a_reader_that_leaves_early_is_no_error(home: Path) -> None:
     make_study(home)
     read, write = os.pipe()
