@@ -1,11 +1,17 @@
-"""The background mirror: keeps MLflow up with a running study from a thread of its own, and never holds the study up."""
+"""The background mirror: keeps MLflow up with a running study from a thread of its own, and never holds the study up.
+
+That thread loads MLflow, too, which takes longer than all else a controller loads, and may be broken where nothing else is.
+"""
 
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 from orchestrator.home import Home
-from orchestrator.mirror import Mirror
+
+if TYPE_CHECKING:
+    from orchestrator.mirror import Mirror
 
 
 class BackgroundMirror:
@@ -55,7 +61,10 @@ class BackgroundMirror:
         if not self.home.study(self.study_name).ledger.exists():
             return True  # the controller has not opened the study yet
         try:
-            self._mirror = self._mirror or Mirror(self.home)
+            if self._mirror is None:
+                from orchestrator.mirror import Mirror
+
+                self._mirror = Mirror(self.home)
             problems = self._mirror.sync(self.study_name)
         except Exception as error:  # whatever a view raises, the study goes on
             self.problem = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import pytest
@@ -6,7 +7,6 @@ from make_controller import controller
 from make_mlflow import NAME, runs_by_key
 from make_study import Maker, make_record
 
-from orchestrator import background_mirror
 from orchestrator.background_mirror import BackgroundMirror
 from orchestrator.home import Home
 
@@ -90,7 +90,7 @@ def test_a_study_comes_to_its_end_beside_an_mlflow_that(harm, home, monkeypatch)
 
     mirror = FakeMirror()
     mirror.sync = sync
-    monkeypatch.setattr(background_mirror, "Mirror", lambda home: mirror)
+    monkeypatch.setattr("orchestrator.mirror.Mirror", lambda home: mirror)
     background = BackgroundMirror(home, "tiny")
     real_close = background.close
     background.close = lambda timeout=60.0: real_close(0.05 if harm == "hangs" else timeout)
@@ -98,3 +98,12 @@ def test_a_study_comes_to_its_end_beside_an_mlflow_that(harm, home, monkeypatch)
     blocked.set()
     assert state.closed == "finished" and all(trial.state == "complete" for trial in state.trials.values())
     assert ("did not end" if harm == "hangs" else "connection refused") in background.problem
+
+
+def test_a_study_comes_to_its_end_where_mlflow_cannot_be_loaded(home, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("orchestrator.mirror", "orchestrator.tracking"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as where its installation is broken
+    background = BackgroundMirror(home, "tiny")
+    state = controller(tiny_study(), home, mirror=background).run()
+    assert state.closed == "finished" and "mlflow" in background.problem
