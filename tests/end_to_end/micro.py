@@ -82,7 +82,7 @@ def start(*arguments: str | Path, cwd: Path, log: Path, **changes: str) -> subpr
         )  # fmt: skip
 
 
-def until(condition: Callable[[], Any], *, seconds: float = 120.0, what: str = "") -> Any:
+def until(condition: Callable[[], Any], *, seconds: float = 300.0, what: str = "") -> Any:
     """Poll until the condition holds, and return what it gave."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
