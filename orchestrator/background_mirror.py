@@ -1,10 +1,12 @@
 """The background mirror: keeps MLflow up with a running study from a thread of its own, and never holds the study up.
 
 That thread loads MLflow, too, which takes longer than all else a controller loads, and may be broken where nothing else is.
+Where it is not installed at all, that is said before a study begins.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ class BackgroundMirror:
         self.problem: str | None = None
         """What went wrong last; None while all is well."""
 
+        if mirror is None and importlib.util.find_spec("mlflow") is None:
+            raise ModuleNotFoundError("No module named 'mlflow'", name="mlflow")
         self._mirror = mirror
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="mlflow-mirror", daemon=True)

@@ -1,5 +1,7 @@
+import importlib.machinery
 import sys
 import threading
+import types
 
 import pytest
 from fakes import tiny_study
@@ -100,10 +102,18 @@ def test_a_study_comes_to_its_end_beside_an_mlflow_that(harm, home, monkeypatch)
     assert ("did not end" if harm == "hangs" else "connection refused") in background.problem
 
 
-def test_a_study_comes_to_its_end_where_mlflow_cannot_be_loaded(home, monkeypatch):
+def test_a_study_comes_to_its_end_where_mlflow_is_broken(home, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("orchestrator.mirror", "orchestrator.tracking"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "mlflow", None)  # as where its installation is broken
+    broken = types.ModuleType("mlflow")
+    broken.__spec__ = importlib.machinery.ModuleSpec("mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow", broken)
     background = BackgroundMirror(home, "tiny")
     state = controller(tiny_study(), home, mirror=background).run()
-    assert state.closed == "finished" and "mlflow" in background.problem
+    assert state.closed == "finished" and "cannot import name 'MlflowClient'" in background.problem
+
+
+def test_that_mlflow_is_not_installed_is_said_before_a_study_begins(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'mlflow'"):
+        BackgroundMirror(home, "tiny")
