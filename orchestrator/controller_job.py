@@ -58,6 +58,7 @@ def submit(home: Home, study: str, arguments: Sequence[str], options: Sequence[s
     Raises MachineError with sbatch's own words, StorageError.
     """
     files = home.study(study)
+    _forget_births(files)
     write_bytes_atomically(files.job_script, _script(home, study, files, arguments, options).encode())
     return _queue(files)
 
@@ -103,8 +104,7 @@ def succeeded(study: StudyDir, job_id: str) -> Iterator[None]:
     """
     after, queued = f"--dependency=afterany:{job_id}", os.environ.pop(SUCCESSOR, "")
     successor = [queued] if queued else _queued_or_told(study, after)
-    with contextlib.suppress(OSError):
-        study.job_births.unlink(missing_ok=True)
+    _forget_births(study)
     try:
         yield
     except Interrupted:
@@ -116,6 +116,12 @@ def succeeded(study: StudyDir, job_id: str) -> Iterator[None]:
         raise
     else:
         _cancel(successor)
+
+
+def _forget_births(study: StudyDir) -> None:
+    """Count anew the controllers that never began."""
+    with contextlib.suppress(OSError):
+        study.job_births.unlink(missing_ok=True)
 
 
 def _queued_or_told(study: StudyDir, *options: str) -> list[str]:

@@ -13,34 +13,10 @@ from tests.cluster.emulated import Cluster, until
 from tests.end_to_end.micro import NAME, ONE_AT_A_TIME, TRIALS, caddie, records, require_decided_once, state
 from trainer import protocol
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
-SETTINGS = ONE_AT_A_TIME.partition("[set]\n")[2].partition("[space")[0]
-
-BY_TURNS = f"""
-name = "ab"
-question = "Does a smaller decay score better on the same node at the same time?"
-preset = "smoke"
-data = "small"
-
-[set]
-{SETTINGS}
-[confirm]
-seeds = [42, 314]
-
-[interleave]
-max_gap = 0.9
-
-[interleave.set]
-"optim.muon_weight_decay" = 0.05
-
-[resources]
-launcher = "slurm"
-gpus_per_run = 2
-timeout_minutes = 5
-preflight = false
-"""
-"""Without a look at the nodes: the pace of processors that others use says nothing of the GPUs that they stand for."""
+SETTINGS = ONE_AT_A_TIME.partition("[set]\n")[2].partition("[space")[0].strip().splitlines()
+AS_ARGUMENTS = [f"--set={line.replace(' = ', '=').replace(chr(34), '')}" for line in SETTINGS]
 
 
 @pytest.fixture
@@ -100,9 +76,11 @@ def test_a_controller_whose_time_is_up_is_followed_by_another_that_repeats_nothi
 
 
 def test_preset_and_candidate_take_turns_within_one_allocation(cluster: Cluster, tmp_path: Path, held: Home) -> None:
-    study = tmp_path / "ab.toml"
-    study.write_text(BY_TURNS)
-    done = caddie("--home", held.root, "study", "run", study, cwd=tmp_path)
+    done = caddie(
+        "--home", held.root, "run", "smoke", "--interleave", "--set-against=optim.muon_weight_decay=0.05", "--seeds=42,314",
+        "--data=small", "--name=ab", "--launcher=slurm", "--gpus=2", "--max-gap=0.9", "--timeout-minutes=5", *AS_ARGUMENTS,
+        cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     until(lambda: held.study("ab").report_data.exists(), 400, f"the report: {log(held, 'ab')}")
     until(lambda: not cluster.jobs("running,pending"), 60, "an empty queue")

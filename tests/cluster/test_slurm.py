@@ -20,7 +20,7 @@ from tests.end_to_end.micro import STUDY, caddie
 from trainer import protocol
 from trainer.protocol import INFRASTRUCTURE, NODE, PREEMPTED, TIMEOUT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def outcomes(running: Running) -> list[tuple[str | None, str | None]]:

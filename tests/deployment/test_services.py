@@ -23,7 +23,7 @@ from tests.deployment.services import PASSWORD, Services
 from tests.end_to_end import micro
 from tests.trainer.make_data import make_data
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SEEN, STARTED = "environment-of-job", "started-in-container"
 RESOURCES = """

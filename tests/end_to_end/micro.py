@@ -69,7 +69,7 @@ def command(*arguments: str | Path) -> list[str]:
 def caddie(*arguments: str | Path, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=500, check=False,
+        command(*arguments), cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def start(*arguments: str | Path, cwd: Path, log: Path, **changes: str) -> subpr
         )  # fmt: skip
 
 
-def until(condition: Callable[[], Any], *, seconds: float = 300.0, what: str = "") -> Any:
+def until(condition: Callable[[], Any], *, seconds: float = 120.0, what: str = "") -> Any:
     """Poll until the condition holds, and return what it gave."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

@@ -15,7 +15,7 @@ from tests.trainer.make_run import MICRO
 from trainer import protocol
 from trainer.protocol import read_lines, read_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # fourteen runs, each a process of its own
 
 SWEEP = """
 name = "sweep"

@@ -24,7 +24,7 @@ from trainer.protocol import COMPLETE, LEARNED, SCORED, TTT
 from trainer.quantize import FISHER_BITS
 from trainer.ttt import PARITY_TOLERANCE
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first run compiles what the others find
 
 FISHER = "pr1326-fisher"
 ORDERS = {name: order for name, (_, order) in FACTS.items()} | {FISHER: TWICE}
@@ -76,7 +76,7 @@ def test_its_own_bundle_trains_packs_and_scores_it_to_the_end(finished: Finished
     assert result.bundle_bytes == len(packed) <= LARGEST_BUNDLE_BYTES
     assert result.artifact_bytes == len(packed) + finished.run.artifact.stat().st_size <= result.cap_bytes
     losses = [event["values"]["train_loss"] for event in finished.metrics("train_loss")]
-    assert len(losses) == result.steps >= 3 and all(map(math.isfinite, losses))
+    assert len(losses) == result.steps >= 5 and all(map(math.isfinite, losses))
     assert losses[0] == pytest.approx(math.log(finished.config.model.vocab_size), rel=0.02)  # it knew nothing
     assert losses[-1] < 0.8 * losses[0]
 

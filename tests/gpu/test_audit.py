@@ -12,6 +12,7 @@ from trainer.audit import Sampling, audit
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

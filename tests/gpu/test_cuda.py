@@ -29,6 +29,7 @@ from trainer.ttt import PARITY_TOLERANCE, ChunkAdapter, DocumentAdapter, require
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

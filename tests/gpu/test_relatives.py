@@ -16,6 +16,7 @@ from trainer.model import Model
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

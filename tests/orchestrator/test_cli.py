@@ -553,7 +553,7 @@ def test_a_package_that_is_not_there_is_named_with_its_remedy(tmp_path: Path, mi
     begin = f"import sys; sys.modules[{missing!r}] = None; from orchestrator import cli; sys.exit(cli.main())"
     done = subprocess.run(
         [sys.executable, "-c", begin, "--home", str(tmp_path / "home"), "study", "run", SHIPPED],
-        cwd=SHIPPED_STUDIES.parent, capture_output=True, text=True, check=False, timeout=300,
+        cwd=SHIPPED_STUDIES.parent, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 8 and "Traceback" not in done.stderr
     assert f"error: {missing} is not installed in {sys.prefix}, and this command needs it" in done.stderr

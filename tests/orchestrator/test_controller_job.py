@@ -111,9 +111,11 @@ def test_controllers_that_never_begin_do_not_follow_one_another_forever(home, sl
     submit(home)
     said = [run_script(home, str(number), f"echo ${controller_job.SUCCESSOR}").strip() for number in range(1, 6)]
     assert said == ["2", "3", "4", "", ""]
+    assert submit(home) == "5"  # given again, once the environment is mended
+    assert run_script(home, "5", f"echo ${controller_job.SUCCESSOR}") == "6\n"
     with controller_job.succeeded(home.study("tiny"), "5"):  # one that begins queues its own, and the count begins anew
         assert "sbatch --parsable --dependency=afterany:5" in slurm.log.read_text()
-        assert run_script(home, "6", f"echo ${controller_job.SUCCESSOR}") == "6\n"
+        assert run_script(home, "6", f"echo ${controller_job.SUCCESSOR}") == "8\n"
 
 
 def test_a_script_that_can_queue_no_successor_goes_on_to_its_program(home, slurm):

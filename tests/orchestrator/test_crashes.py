@@ -98,6 +98,7 @@ def test_a_controller_killed_at_any_line_repeats_nothing_and_loses_nothing(whole
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_controller_killed_at_every_file_operation_and_at_many_lines_repeats_nothing(whole, tmp_path, monkeypatch):
     expected, operations, lines = whole
     at_operations = [(at, 0) for at in range(1, len(operations) + 1)]

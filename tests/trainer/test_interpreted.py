@@ -18,6 +18,7 @@ TRITON = os.environ.get("CADDIE_TEST_TRITON", "")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not TRITON, reason="needs Triton in a folder that CADDIE_TEST_TRITON names; a gigabyte")
 def test_a_fused_kernel_computes_its_plain_form_by_the_interpreter_too():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), TRITON))}
