@@ -122,13 +122,15 @@ def _controller(study: Study, home: Home) -> Controller:
     if study.script and study.resources.preflight and not home.study(study.name).ledger.exists():
         for line in script_check.as_lines(script_check.prove(study, home)):
             progress.note(line)
-    pack = study.script.pack if study.script else BundleStore(home).build
+    bundles = BundleStore(home)
+    pack = study.script.pack if study.script else bundles.build
     search = Search(study, home.study(study.name).optuna_journal, url=search_view.address())
     search.view.note = progress.note
     return Controller(
         study, home, launcher=launcher, search=search, pack=pack, code=bundle.code_state(), data_dir=data.root,
         manifest_sha256=data.manifest_sha256, progress=progress,
         mirror=BackgroundMirror(home, study.name), slots=slots, sources=sources, baseline=baseline_of(home, study.confirm),
+        pack_ahead=None if study.script else bundles.build_ahead,
     )  # fmt: skip
 
 

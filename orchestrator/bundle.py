@@ -54,6 +54,7 @@ WINDOWS = (17, 18, 20, 22)  # Brotli's, as powers of two: sizes are alike, the n
 # The table is a number whose digits are characters of Latin-1: all but NUL, which no source may hold, and CR, which the
 # reader of a source takes for LF.
 DIGITS, CARRIAGE_RETURN = 254, 13
+AT_ONCE = 128  # digits: to take them off the long number one by one takes a second
 CODING = "latin-1"
 
 LAUNCHER = """\
@@ -95,11 +96,15 @@ def module_sources(root: Path, chosen: Mapping[str, str] | None = None) -> dict[
 
 def as_text(content: bytes) -> str:
     """The number that these bytes are, written in DIGITS."""
-    number, codes = int.from_bytes(content), []
+    number, digits = int.from_bytes(content), []
     while number:
-        number, digit = divmod(number, DIGITS)
-        codes.append(digit + 1 + (digit + 1 >= CARRIAGE_RETURN))
-    return bytes(reversed(codes)).decode(CODING)
+        number, part = divmod(number, DIGITS**AT_ONCE)
+        for _ in range(AT_ONCE):
+            part, digit = divmod(part, DIGITS)
+            digits.append(digit)
+    while digits and not digits[-1]:
+        digits.pop()  # zeros before the highest
+    return bytes(digit + 1 + (digit + 1 >= CARRIAGE_RETURN) for digit in reversed(digits)).decode(CODING)
 
 
 def is_quotable(text: str) -> bool:

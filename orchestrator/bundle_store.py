@@ -9,20 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 from orchestrator import bundle
 from orchestrator.errors import StorageError
 from orchestrator.folding import choices
 from orchestrator.home import Home
+from orchestrator.machine import cores
 from trainer.config import Config
 from trainer.protocol import write_bytes_atomically
 
-PACKER = ("bundle", "folding", "facts", "inference", "cuts", "minify", "short_names", "short_attributes")
+PACKER = ("bundle", "folding", "facts", "inference", "cuts", "minify", "short_names", "short_attributes", "syntax")
 """Modules of this folder that decide about a bundle's bytes."""
 
 KEPT = 64  # files: one trainer has as many as configurations switch off different parts of it
@@ -40,8 +45,22 @@ class BundleStore:
         """The same as `bundle.build`. Raises CaddieError."""
         key = self._key(config)
         if key not in self._held:
-            self._held[key] = self._stored(key) or self._packed(key, config)
+            self._held[key] = self._stored(key) or self._keep(key, self._build(config))
         return self._held[key]
+
+    def build_ahead(self, configs: Iterable[Config | None]) -> None:
+        """Have these packed before they are asked for: what is missing, on all cores at once. Raises CaddieError."""
+        missing = {self._key(config): config for config in configs}
+        missing = {key: config for key, config in missing.items() if key not in self._held and not self._stored(key)}
+        if len(missing) < 2:
+            return
+        most = min(len(missing), cores())
+        with (
+            suppress(OSError, BrokenProcessPool),  # then they are packed one by one
+            ProcessPoolExecutor(most, mp_context=get_context("spawn"), initializer=_leave_signals) as pool,
+        ):
+            for key, content in zip(missing, pool.map(self._build, missing.values()), strict=True):
+                self._held[key] = self._keep(key, content)
 
     def _key(self, config: Config | None) -> str:
         chosen = None if config is None else sorted(choices(config).items())
@@ -66,8 +85,7 @@ class BundleStore:
                     return content
         return None
 
-    def _packed(self, key: str, config: Config | None) -> bytes:
-        content = self._build(config)
+    def _keep(self, key: str, content: bytes) -> bytes:
         with suppress(StorageError, OSError):  # a full disk is found by who needs it
             write_bytes_atomically(self._path(key, content), content)
             for path in sorted(self.folder.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
@@ -76,3 +94,9 @@ class BundleStore:
 
     def _path(self, key: str, content: bytes) -> Path:
         return self.folder / f"{key}.{hashlib.sha256(content).hexdigest()[:24]}"
+
+
+def _leave_signals() -> None:
+    """In a process that packs: a terminal's signals are for the controller, which ends it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 BODIES = ("body", "orelse", "finalbody")
@@ -37,6 +37,14 @@ def first_of(statement: ast.stmt) -> Place:
     """Where a statement begins, with its decorators."""
     decorators = getattr(statement, "decorator_list", [])
     return min([begin_of(statement), *((d.lineno, d.col_offset - 1) for d in decorators)])
+
+
+def text_between(lines: Sequence[bytes], begin: Place, end: Place) -> str:
+    """What of a source's lines stands between two places."""
+    found = [*lines[begin[0] - 1 : end[0]]]
+    found[-1] = found[-1][: end[1]]
+    found[0] = found[0][begin[1] :]
+    return b"\n".join(found).decode()
 
 
 def cut_out(source: str, cuts: Collection[Cut]) -> str:

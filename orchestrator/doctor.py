@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import grp
 import json
-import os
 import pwd
 import re
 import shlex
@@ -22,6 +21,7 @@ from orchestrator import datasets, lock, tracking_server
 from orchestrator.errors import CaddieError, MachineError
 from orchestrator.home import Home
 from orchestrator.ledger import Ledger
+from orchestrator.machine import cores
 
 OK, WARN, MISSING = "ok", "warn", "missing"
 
@@ -246,15 +246,15 @@ def _others_may_write(folder: Path) -> bool:
 
 def cores_and_memory(meminfo: Path = Path("/proc/meminfo")) -> Finding:
     """Cores that this process may use, and the memory that is left."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = f"{cores()} cores"
     try:
         match = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
     except OSError:
         match = None
     if match is None:
-        return Finding(name="Machine", status=OK, found=f"{cores} cores")
+        return Finding(name="Machine", status=OK, found=found)
     memory = int(match.group(1)) * 1024
-    found = f"{cores} cores, {memory:,} bytes of memory available"
+    found = f"{found}, {memory:,} bytes of memory available"
     if memory < LEAST_MEMORY_BYTES:
         return Finding(name="Machine", status=WARN, found=found, remedy="set [resources] slots = 1 in the study")
     return Finding(name="Machine", status=OK, found=found)

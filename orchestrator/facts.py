@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from orchestrator.inference import Program, value_stored
+from orchestrator.syntax import walk
 from trainer.config import SECTIONS, knobs
 
 KINDS = knobs()
@@ -70,6 +71,7 @@ class Facts:
         self.subclassed = {b.id for c in program.classes.values() for b in c.bases if isinstance(b, ast.Name)}
         self._known: dict[ast.AST, Fact] = {}
         self._asked: set[ast.AST] = set()
+        self._circles = 0
         self._callers: dict[ast.AST, list[ast.Call] | None] = {}
         constants = (node.value for node in program.nodes() if isinstance(node, ast.Constant))
         self.strings = {value for value in constants if isinstance(value, str)}
@@ -91,12 +93,16 @@ class Facts:
 
     def of(self, node: ast.AST) -> Fact:
         """What is known of an expression's value, or of a parameter's."""
-        if node in self._known or node in self._asked:  # asked for while it is being found: it depends on itself
-            return self._known.get(node, UNKNOWN)
+        if node in self._known:
+            return self._known[node]
+        if node in self._asked:  # while it is being found: it depends on itself
+            self._circles += 1
+            return UNKNOWN
         self._asked.add(node)
+        circles = self._circles
         fact = self._of(node)
         self._asked.discard(node)
-        if not self._asked:
+        if not self._asked or circles == self._circles:  # otherwise what is on the way would have it differ
             self._known[node] = fact
         return fact
 
@@ -239,7 +245,7 @@ class Facts:
 
     def may_do_something(self, node: ast.AST) -> bool:
         """Whether evaluating an expression may do more than read."""
-        return any(isinstance(n, IMPURE) and self.of(n).exact is None for n in ast.walk(node))
+        return any(isinstance(n, IMPURE) and self.of(n).exact is None for n in walk(node))
 
     def is_closed(self, definition: ast.ClassDef) -> bool:
         """Whether a class is made of packed ones alone, so that nothing from outside calls its methods."""

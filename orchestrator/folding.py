@@ -15,10 +15,11 @@ import ast
 import re
 from collections.abc import Mapping
 
-from orchestrator.cuts import BODIES, Cut, begin_of, cut_out, end_of, first_of
+from orchestrator.cuts import BODIES, Cut, begin_of, cut_out, end_of, first_of, text_between
 from orchestrator.errors import CaddieError
 from orchestrator.facts import KINDS, Facts
 from orchestrator.inference import Program
+from orchestrator.syntax import children, walk
 from trainer.config import Config, choice_of, knob_value
 
 # Numbers and lists by whose sign, or emptiness, a technique is on or off. Of words and switches every one is a choice;
@@ -104,10 +105,7 @@ class _Round:
         return bool(rows & self.touched)
 
     def _text(self, node: ast.AST, begin: tuple[int, int], end: tuple[int, int]) -> str:
-        lines = self.lines[self.program.places[node].module][begin[0] - 1 : end[0]]
-        lines[-1] = lines[-1][: end[1]]
-        lines[0] = lines[0][begin[1] :]
-        return b"\n".join(lines).decode()
+        return text_between(self.lines[self.program.places[node].module], begin, end)
 
     # ------------------------------------------------------------------------------------------------ branches
 
@@ -122,8 +120,8 @@ class _Round:
             body = getattr(node, field, None)
             if isinstance(body, list):
                 gone |= self._decide_statements(node, body)
-        for child in ast.iter_child_nodes(node):
-            if child not in gone and not isinstance(child, ast.expr_context):
+        for child in children(node):
+            if child not in gone:
                 self._visit(child)
 
     def _is_type(self, node: ast.AST) -> bool:
@@ -170,7 +168,7 @@ class _Round:
                 ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant()),
                 ast.Assign(targets=[ast.Name(id=other)], value=value),
             ]:
-                return name == other and not any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(value))
+                return name == other and not any(isinstance(n, ast.Name) and n.id == name for n in walk(value))
         return False
 
     def _splice(self, owner: ast.AST, statement: ast.If, *, truth: bool) -> None:
@@ -229,7 +227,7 @@ class _Round:
         kept = {
             row
             for s in body
-            for n in ast.walk(s)
+            for n in walk(s)
             if isinstance(n, ast.JoinedStr) or (isinstance(n, ast.Constant) and isinstance(n.value, str | bytes))
             for row in range(n.lineno + 1, (n.end_lineno or 0) + 1)
             if not self._is_pieced(n)
@@ -370,8 +368,8 @@ class _Round:
         """Take out what a function assigns to variables of its own that nothing reads."""
         if isinstance(self.program.function_of(function), ast.FunctionDef):
             return
-        read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
-        for node in ast.walk(function):
+        read = {n.id for n in walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Store)}
+        for node in walk(function):
             if not isinstance(node, ast.Assign) or len(node.targets) != 1 or self._is_touched(node):
                 continue
             if self.program.function_of(node) is not function:
@@ -440,7 +438,7 @@ class _Round:
             return
         is_bound = isinstance(self.program.parent(function), ast.ClassDef)
         a = function.args
-        read = {n.id for s in function.body for n in ast.walk(s) if isinstance(n, ast.Name)}
+        read = {n.id for s in function.body for n in walk(s) if isinstance(n, ast.Name)}
         for argument in [*a.args[is_bound:], *a.kwonlyargs]:
             if argument.arg in read:
                 continue
@@ -538,7 +536,7 @@ def _forth(place: tuple[int, int], text: str) -> tuple[int, int]:
 
 def _require_followable(module: str, tree: ast.Module) -> None:
     """Raise CaddieError where attributes may be set by names that are not written out."""
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Name) and node.id in UNFOLLOWED:
             raise CaddieError(
                 f"{module}, line {node.lineno}: {node.id} sets attributes that cannot be followed",

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from orchestrator.syntax import children, walk
+
 CONTAINERS = {"list", "tuple", "Sequence", "Iterable", "Iterator", "Collection", "deque", "set"}
 MAPPINGS = {"dict", "Mapping", "defaultdict"}
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -66,7 +68,8 @@ class Program:
             (node.name, node) for tree in trees.values() for node in tree.body if isinstance(node, ast.FunctionDef)
         )
         self.modules = {module.rpartition(".")[2] for module in trees}
-        self._bindings: dict[ast.AST, dict[str, list[Binding]]] = {}
+        self._bound_in: dict[ast.FunctionDef, dict[str, list[Binding]]] = {}
+        self._bindings: dict[ast.Name, list[Binding] | None] = {}
         self.stores: defaultdict[str, list[ast.Attribute]] = defaultdict(list)
         """Every place where an attribute is set, by its word."""
         for node in self.places:
@@ -78,9 +81,8 @@ class Program:
     def _place(self, node: ast.AST, place: Place) -> None:
         self.places[node] = place
         inner = Place(place.module, node, is_in_text=place.is_in_text or isinstance(node, ast.JoinedStr))
-        for child in ast.iter_child_nodes(node):
-            if not isinstance(child, ast.expr_context):  # one object for all nodes
-                self._place(child, inner)
+        for child in children(node):
+            self._place(child, inner)
 
     def nodes(self) -> Iterator[ast.AST]:
         return iter(self.places)
@@ -92,6 +94,11 @@ class Program:
 
     def bindings(self, name: ast.Name) -> list[Binding] | None:
         """How a name gets its values, where it is a function's own; None where it is a module's or cannot be followed."""
+        if name not in self._bindings:
+            self._bindings[name] = self._find_bindings(name)
+        return self._bindings[name]
+
+    def _find_bindings(self, name: ast.Name) -> list[Binding] | None:
         child: ast.AST = name
         while (node := self.parent(child)) is not None:
             if isinstance(node, COMPREHENSIONS) and any(name.id in _targets(g.target) for g in node.generators):
@@ -114,7 +121,7 @@ class Program:
 
     def bound_in(self, function: ast.FunctionDef) -> dict[str, list[Binding]]:
         """A function's own names, with what binds them; what functions inside it declare nonlocal cannot be followed."""
-        if function not in self._bindings:
+        if function not in self._bound_in:
             found: defaultdict[str, list[Binding]] = defaultdict(list)
             for argument in _parameters(function):
                 is_plain = argument not in (function.args.vararg, function.args.kwarg)
@@ -122,12 +129,12 @@ class Program:
                     Binding(argument=argument, annotation=argument.annotation) if is_plain else Binding()
                 )
             _bind(function.body, found)
-            for node in ast.walk(function):
+            for node in walk(function):
                 if isinstance(node, ast.Nonlocal | ast.Global):
                     for name in node.names:
                         found[name] += [Binding(), Binding()]
-            self._bindings[function] = dict(found)
-        return self._bindings[function]
+            self._bound_in[function] = dict(found)
+        return self._bound_in[function]
 
     def meaning(self, name: str, module: str) -> ast.ClassDef | ast.FunctionDef | None:
         """The packed class or function that a name outside functions means in a module."""
@@ -325,7 +332,7 @@ def _parameters(function: ast.FunctionDef | ast.Lambda) -> list[ast.arg]:
 
 
 def _targets(target: ast.expr) -> set[str]:
-    return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return {node.id for node in walk(target) if isinstance(node, ast.Name)}
 
 
 def _is_none(node: ast.AST | None) -> bool:
@@ -348,7 +355,7 @@ def _bind(body: list[ast.stmt], found: dict[str, list[Binding]]) -> None:
         for name, binding in _bound_by(node):
             found[name].append(binding)
         if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
-            todo += ast.iter_child_nodes(node)
+            todo += children(node)
 
 
 def _bound_by(node: ast.AST) -> Iterator[tuple[str, Binding]]:
@@ -391,6 +398,6 @@ def _bound_by_target(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, B
         for part, own in zip(parts, values, strict=True):
             yield from _bound_by_target(part, own)
         return
-    for node in ast.walk(target):
+    for node in walk(target):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, Binding()

@@ -36,6 +36,11 @@ print(json.dumps([platform.python_version(), found]))
 """
 
 
+def cores() -> int:
+    """Cores that this process may use; of a machine that does not say, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What a run runs on."""

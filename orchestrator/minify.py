@@ -28,6 +28,7 @@ from orchestrator.errors import CaddieError
 from orchestrator.inference import Program
 from orchestrator.short_attributes import short_attributes
 from orchestrator.short_names import imported, is_looked_at, open_classes, parameters, require_followable, short_names
+from orchestrator.syntax import children, walk
 
 LOOKS_AT_FIELDS = {"dataclasses.fields", "get_type_hints", "__annotations__", "__dataclass_fields__"}
 """What finds the fields of a class it is not said which, whose names it may show."""
@@ -65,12 +66,12 @@ def minify(
     short = short_names(trees, sources, entry=entry)
     unnamed = {name.rpartition(".")[2] for name in (*records, *shown)}
     attributes = {}
-    if not any(_looks_at_fields(node) for tree in trees.values() for node in ast.walk(tree)):
+    if not any(_looks_at_fields(node) for tree in trees.values() for node in walk(tree)):
         _require_shown(trees, program, unnamed)
         attributes = short_attributes(program, shown=unnamed, shared=short.shared)
     smaller = {}
     for module, tree in trees.items():
-        for node in ast.walk(tree):
+        for node in walk(tree):
             cuts[module] += [*_annotation_cuts(node), *_import_cuts(node, short.shared if _is_of(node, trees) else {})]
         for (row, column), word, name in (*short.places[module], *attributes.get(module, [])):
             cuts[module].append(Cut((row, column), (row, column + len(word.encode())), name))
@@ -88,9 +89,11 @@ def _take_on_trust(
         raise CaddieError(f"{', '.join(unknown)}: nothing in the bundle has this name, it cannot be taken on trust")
     names = {check.rpartition(".")[2] for check in checks}
     for module, tree in trees.items():
-        for owner in ast.walk(tree):
+        for owner in walk(tree):
             cuts[module] += _check_cuts(owner, names)
-    read = {word for tree in trees.values() for node in ast.walk(tree) for word in _looked_up(node)}
+    nodes = [node for tree in trees.values() for node in walk(tree)]
+    read = {word for node in nodes for word in _looked_up(node)}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     plain: set[str] = set()
     for module, definition in _definitions(trees):
         if isinstance(definition, ast.ClassDef):
@@ -98,23 +101,22 @@ def _take_on_trust(
             is_root = f"{module}.{definition.name}" in records
             if is_root or bases & set(records):
                 plain.add(definition.name)
-                needed = read & _left_unnamed(definition, trees.values())
+                needed = read & _left_unnamed(definition, calls)
                 cuts[module] += _record_cuts(definition, is_root=is_root, needed=needed)
     for tree in trees.values():
         _require_trustable(tree, names, plain)
     return cuts
 
 
-def _left_unnamed(definition: ast.ClassDef, trees: Iterable[ast.Module]) -> set[str]:
+def _left_unnamed(definition: ast.ClassDef, calls: Iterable[ast.Call]) -> set[str]:
     """Fields of a record that some call with keywords does not name."""
     fields = {ast.unparse(field.target) for field in _fields(definition)}
-    calls = [
-        {keyword.arg for keyword in node.keywords}
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == definition.name
+    named = [
+        {keyword.arg for keyword in call.keywords}
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id == definition.name
     ]
-    return set().union(*(fields - given for given in calls if None not in given))
+    return set().union(*(fields - given for given in named if None not in given))
 
 
 def _looked_up(node: ast.AST) -> Iterator[str]:
@@ -135,7 +137,7 @@ def _looks_at_fields(node: ast.AST) -> bool:
 
 def _require_shown(trees: Mapping[str, ast.Module], program: Program, shown: Collection[str]) -> None:
     """Raise CaddieError where fields are written by their names that would be others."""
-    left = {(module, *begin_of(n)) for module, tree in trees.items() for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    left = {(module, *begin_of(n)) for module, tree in trees.items() for n in walk(tree) if isinstance(n, ast.Call)}
     for node in program.nodes():
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("asdict", "_asdict"):
             kinds = {program.type_of(argument) for argument in node.args}
@@ -184,7 +186,7 @@ def _is_check(statement: ast.stmt, names: set[str]) -> bool:
         and all(
             isinstance(node, ast.Name | ast.Attribute | ast.Constant | ast.expr_context)
             for a in arguments
-            for node in ast.walk(a)
+            for node in walk(a)
         )
     )
 
@@ -215,7 +217,7 @@ def _fields(definition: ast.ClassDef) -> list[ast.AnnAssign]:
 
 def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) -> None:
     """Raise CaddieError where the program would miss what was taken out."""
-    for node in ast.walk(tree):
+    for node in walk(tree):
         word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
         if word in checks:
             raise CaddieError(
@@ -229,8 +231,8 @@ def _require_trustable(tree: ast.Module, checks: set[str], records: set[str]) ->
 
 def _take_out_strictness(tree: ast.Module) -> Iterator[Cut]:
     """Take out of the tree what `zip` asserts of its arguments' lengths."""
-    in_texts = {n for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for n in ast.walk(text)}
-    for node in ast.walk(tree):
+    in_texts = {n for text in walk(tree) if isinstance(text, ast.JoinedStr) for n in walk(text)}
+    for node in walk(tree):
         if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "zip" or node in in_texts:
             continue
         if (
@@ -245,7 +247,7 @@ def _take_out_strictness(tree: ast.Module) -> Iterator[Cut]:
 def _take_out_types(tree: ast.Module) -> Iterator[Cut]:
     """Take the types of parameters and results out of the tree, and write `0` for those of fields, which only say that
     a field is there; unless something looks at them."""
-    nodes = list(ast.walk(tree))
+    nodes = walk(tree)
     if not any(isinstance(node, ast.Attribute) and node.attr == "get_type_hints" for node in nodes):
         for node in nodes:
             if isinstance(node, ast.AnnAssign):
@@ -271,7 +273,7 @@ def _used_names(trees: Iterable[ast.Module], entry: str) -> set[str]:
     """
     trees = list(trees)
     opened = open_classes(trees)
-    modules = {word for tree in trees for node in ast.walk(tree) for word in imported(node)}
+    modules = {word for tree in trees for node in walk(tree) for word in imported(node)}
     pending: dict[str, list[set[str]]] = {}
     used: set[str] = set()
     fresh = {entry}
@@ -306,7 +308,7 @@ def _evaluated(statement: ast.stmt) -> list[ast.AST]:
 
 def _taken(tree: ast.Module, packed: Collection[str]) -> Iterator[tuple[str, str]]:
     """What a module imports from the packed ones, or looks up in them: (module, word)."""
-    nodes = list(ast.walk(tree))
+    nodes = walk(tree)
     imports = [(str(node.module), a) for node in nodes if isinstance(node, ast.ImportFrom) for a in node.names]
     modules = {a.asname or a.name: f"{origin}.{a.name}" for origin, a in imports if f"{origin}.{a.name}" in packed}
     yield from ((origin, a.name) for origin, a in imports)
@@ -318,7 +320,7 @@ def _taken(tree: ast.Module, packed: Collection[str]) -> Iterator[tuple[str, str
 def _words_in(tree: ast.Module) -> set[str]:
     """Names in a module, and `annotations` where it has any."""
     found: set[str] = set()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Name):
             found.add(node.id)
         if not isinstance(getattr(node, "annotation", None) or getattr(node, "returns", None), ast.Constant | None):
@@ -369,7 +371,7 @@ def _words(statement: ast.AST, modules: set[str], *, skip_methods: bool = False)
 
 def _without_prose(node: ast.AST) -> Iterator[ast.AST]:
     """A node's children, less the documenting strings."""
-    return (child for child in ast.iter_child_nodes(node) if not _is_prose(child))
+    return (child for child in children(node) if not _is_prose(child))
 
 
 def _is_prose(node: ast.AST) -> bool:
@@ -378,7 +380,7 @@ def _is_prose(node: ast.AST) -> bool:
 
 def _leave_out(tree: ast.Module, used: set[str]) -> Iterator[Cut]:
     """Take prose, assertions and what nothing reaches out of a module's tree."""
-    for owner in ast.walk(tree):
+    for owner in walk(tree):
         for field in BODIES:
             body = getattr(owner, field, None)
             if isinstance(body, list):
@@ -405,7 +407,7 @@ def _annotation_cuts(node: ast.AST) -> Iterator[Cut]:
             if isinstance(field, ast.AnnAssign) and isinstance(field.annotation, ast.Constant):
                 yield Cut(begin_of(field.annotation), end_of(field.annotation), "0")
     if isinstance(node, ast.FunctionDef | ast.Module):
-        for statement in ast.walk(node) if isinstance(node, ast.FunctionDef) else node.body:
+        for statement in walk(node) if isinstance(node, ast.FunctionDef) else node.body:
             if isinstance(statement, ast.AnnAssign) and (
                 statement.value is not None or isinstance(node, ast.FunctionDef)
             ):
@@ -417,7 +419,7 @@ def _annotation_cuts(node: ast.AST) -> Iterator[Cut]:
 
 def _leave_out_imports(tree: ast.Module, needed: set[str]) -> None:
     """Leave the imports that bind the words needed; what is left of the others imports nothing."""
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             node.names = [a for a in node.names if (a.asname or a.name.partition(".")[0]) in needed]
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from orchestrator.cuts import Place, begin_of, end_of
 from orchestrator.inference import Program
+from orchestrator.syntax import walk
 
 PLAIN_BASES = {"object", "Protocol", "NamedTuple"}
 """Bases from outside that call nothing of the classes made of them by its name."""
@@ -130,7 +131,7 @@ def _outside_functions(statement: ast.stmt) -> Iterator[ast.Name]:
     if isinstance(statement, ast.FunctionDef):
         roots = [*statement.decorator_list, statement.args, statement.returns]
     for root in roots:
-        for node in ast.walk(root) if root is not None else ():
+        for node in walk(root) if root is not None else ():
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
                 yield node
 

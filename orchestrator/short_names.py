@@ -19,10 +19,12 @@ import keyword
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.cuts import Place, text_between
 from orchestrator.errors import CaddieError
+from orchestrator.syntax import children, walk
 
 LITERAL = re.compile(
     r"""(?P<prefix>\w*)(?P<quote>'{3}|"{3}|'|")(?P<body>(?:\\.|(?!(?P=quote)).)*)(?P=quote)""", re.DOTALL
@@ -42,9 +44,6 @@ UNREAD = ("AsyncFunctionDef", "Match", "TypeAlias", "TypeVar", "TypeVarTuple", "
 """Statements that bind names in ways that are not looked for here."""
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
-
-Place = tuple[int, int]
-"""Row and byte column."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def short_names(trees: Mapping[str, ast.Module], sources: Mapping[str, str], *, 
 def require_followable(trees: Mapping[str, ast.Module]) -> None:
     """Raise CaddieError for what binds or reaches names in a way that is not looked for here."""
     for module, tree in trees.items():
-        for node in ast.walk(tree):
+        for node in walk(tree):
             is_star = isinstance(node, ast.ImportFrom) and any(a.name == "*" or node.level for a in node.names)
             is_whole = isinstance(node, ast.Import) and any(a.name in trees for a in node.names)
             if is_star or is_whole or type(node).__name__ in UNREAD:
@@ -152,7 +151,7 @@ def _defined(tree: ast.Module) -> set[str]:
             found.add(node.name)
         else:
             found |= {node.id} if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load) else imported(node)
-            todo += ast.iter_child_nodes(node)
+            todo += children(node)
     return found
 
 
@@ -167,7 +166,7 @@ def _kept_by_modules(trees: Mapping[str, ast.Module], entry: str) -> set[str]:
     """Words of modules that stay: others know them, strings may hold them, or they mean something else beside."""
     kept = {entry, *BUILTINS, *_errors(trees)}
     for tree in trees.values():
-        for node in ast.walk(tree):
+        for node in walk(tree):
             if isinstance(node, ast.ClassDef):
                 kept |= _looked_up_in_class(node)
             elif isinstance(node, ast.Global | ast.Nonlocal):
@@ -179,13 +178,13 @@ def _kept_by_modules(trees: Mapping[str, ast.Module], entry: str) -> set[str]:
                 kept |= {word for a in node.names if a.asname or not is_ours for word in (a.name, a.asname or a.name)}
         for node in _outside_functions(tree):
             if isinstance(node, COMPREHENSIONS):
-                kept |= _bound_in(ast.walk(node))
+                kept |= _bound_in(walk(node))
     return kept
 
 
 def _errors(trees: Mapping[str, ast.Module]) -> set[str]:
     """Classes of what is raised: their names are shown."""
-    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    classes = [node for tree in trees.values() for node in walk(tree) if isinstance(node, ast.ClassDef)]
     bases = {c.name: {str(getattr(b, "attr", getattr(b, "id", ""))) for b in c.bases} for c in classes}
     found: set[str] = set()
     while more := {
@@ -227,7 +226,7 @@ def _bound_in(nodes: Iterable[ast.AST]) -> set[str]:
 def _outside_functions(root: ast.AST) -> Iterator[ast.AST]:
     """The nodes whose names are looked up outside functions; of a function its decorators, defaults and types are."""
     yield root
-    inner: Iterable[ast.AST | None] = ast.iter_child_nodes(root)
+    inner: Iterable[ast.AST | None] = children(root)
     if isinstance(root, ast.FunctionDef):
         a = root.args
         types = [parameter.annotation for parameter in parameters(root)]
@@ -241,7 +240,7 @@ def _inside(function: ast.FunctionDef) -> list[ast.AST]:
     """The nodes whose names are looked up in a function."""
     nodes: list[ast.AST] = [*parameters(function)]
     for statement in function.body:
-        nodes += ast.walk(statement)
+        nodes += walk(statement)
     return nodes
 
 
@@ -271,19 +270,20 @@ def is_looked_at(function: ast.FunctionDef, *, unseeing: Collection[str] = UNSEE
 
 def _scopes(module: str, tree: ast.Module, source: str, calls: _Calls) -> Iterator[_Scope]:
     """What of a module stands outside functions, and each function that is not inside another one."""
+    lines = source.encode().splitlines()
     outer = list(_outside_functions(tree))
     fields = {id(n) for c in outer if isinstance(c, ast.ClassDef) for s in c.body for n in _outside_functions(s)}
     named = [n for n in outer if id(n) not in fields or (isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load))]
     attributes = _bound_in(n for n in outer if id(n) in fields)
-    yield _Scope(module, None, *_places_of_names(named, source), avoided=attributes)
+    yield _Scope(module, None, *_places_of_names(named, lines), avoided=attributes)
     for function in outer:
         if isinstance(function, ast.FunctionDef):
-            yield _function_scope(module, function, source, calls)
+            yield _function_scope(module, function, lines, calls)
 
 
-def _function_scope(module: str, function: ast.FunctionDef, source: str, calls: _Calls) -> _Scope:
+def _function_scope(module: str, function: ast.FunctionDef, lines: Sequence[bytes], calls: _Calls) -> _Scope:
     nodes = _inside(function)
-    places, hidden = _places_of_names(nodes, source)
+    places, hidden = _places_of_names(nodes, lines)
     scope = _Scope(module, function, places, hidden, _bound_in(nodes))
     if any(isinstance(node, ast.ClassDef | ast.Import | ast.ImportFrom) for node in nodes):  # scopes of another kind
         scope.hidden |= scope.bound | {word for _, word in places}
@@ -294,21 +294,22 @@ def _function_scope(module: str, function: ast.FunctionDef, source: str, calls: 
     return scope
 
 
-def _places_of_names(nodes: list[ast.AST], source: str) -> tuple[list[tuple[Place, str]], set[str]]:
+def _places_of_names(nodes: list[ast.AST], lines: Sequence[bytes]) -> tuple[list[tuple[Place, str]], set[str]]:
     """Where names stand, and names whose every place is not known.
 
     Python 3.11 does not know where in an f-string a name is, so these are looked for, and counted to be sure.
     """
     texts = [node for node in nodes if isinstance(node, ast.JoinedStr)]
-    inside = {id(inner) for text in texts for inner in ast.walk(text) if inner is not text}
+    inside = {id(inner) for text in texts for inner in walk(text) if inner is not text}
     places: list[tuple[Place, str]] = []
     hidden = {node.arg for node in nodes if isinstance(node, ast.arg) and id(node) in inside}
     for node in nodes:
         if id(node) in inside:
             continue
         if isinstance(node, ast.JoinedStr):
-            names = sorted(inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name))
-            found = list(_names_in_text(ast.get_source_segment(source, node) or "", _begin(node)))
+            names = sorted(inner.id for inner in walk(node) if isinstance(inner, ast.Name))
+            text = text_between(lines, _begin(node), (node.end_lineno or 0, node.end_col_offset or 0))
+            found = list(_names_in_text(text, _begin(node)))
             if sorted(word for _, word in found) == names:
                 places += found
             else:
@@ -318,7 +319,7 @@ def _places_of_names(nodes: list[ast.AST], source: str) -> tuple[list[tuple[Plac
         elif isinstance(node, ast.arg):
             places.append((_begin(node), node.arg))
         elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and node.name:
-            place = _place_of_definition(node, source.splitlines())
+            place = _place_of_definition(node, lines)
             if place:
                 places.append((place, node.name))
             else:
@@ -326,14 +327,15 @@ def _places_of_names(nodes: list[ast.AST], source: str) -> tuple[list[tuple[Plac
     return places, hidden
 
 
-def _place_of_definition(node: ast.FunctionDef | ast.ClassDef | ast.ExceptHandler, lines: list[str]) -> Place | None:
+def _place_of_definition(
+    node: ast.FunctionDef | ast.ClassDef | ast.ExceptHandler, lines: Sequence[bytes]
+) -> Place | None:
     """Where the name stands that is defined, or None where it is not beside its `def`, `class` or `as`."""
     (row, column), before = _begin(node), rb"(def|class) +"
     if isinstance(node, ast.ExceptHandler):
         assert node.type, "a handler without a type has no name"
         (row, column), before = (node.type.end_lineno or 0, node.type.end_col_offset or 0), rb" +as +"
-    line = lines[row - 1].encode()
-    found = re.compile(before + re.escape(str(node.name).encode()) + rb"\b").match(line, column)
+    found = re.compile(before + re.escape(str(node.name).encode()) + rb"\b").match(lines[row - 1], column)
     return (row, found.end() - len(str(node.name).encode())) if found else None
 
 
@@ -348,7 +350,7 @@ def _names_in_text(text: str, begin: Place) -> Iterator[tuple[Place, str]]:
             place += 1
             stops = (n for n in range(place, end) if text[n] in "!:}" and text[n : n + 2] != "!=")
             expression = next((tree for n in stops if (tree := _expression(text[place:n]))), None)
-            for node in ast.walk(expression) if expression else ():
+            for node in walk(expression) if expression else ():
                 if isinstance(node, ast.Name) and node.lineno == 1:
                     before = text[:place].rpartition("\n")
                     row, column = before[0].count("\n") + len(before[1]), len(before[2].encode()) + node.col_offset - 1
@@ -371,7 +373,7 @@ class _Calls:
 
     def __init__(self, trees: Mapping[str, ast.Module]) -> None:
         self.trees = trees
-        self.nodes = {module: list(ast.walk(tree)) for module, tree in trees.items()}
+        self.nodes = {module: walk(tree) for module, tree in trees.items()}
         self.modules = _packed_modules(trees)
         outer = [node for tree in trees.values() for node in _outside_functions(tree)]
         classes = [node for node in outer if isinstance(node, ast.ClassDef)]
@@ -380,7 +382,7 @@ class _Calls:
         self.closed = {id(s) for c in classes if c.name not in opened for s in c.body}
         self.targets = self._targets(outer, classes)
         nodes = [node for found in self.nodes.values() for node in found]
-        in_texts = {id(n) for text in nodes if isinstance(text, ast.JoinedStr) for n in ast.walk(text)}
+        in_texts = {id(n) for text in nodes if isinstance(text, ast.JoinedStr) for n in walk(text)}
         self.looked_up = _looked_up(nodes, self.modules, trees)
         names, self.escaping_methods = _escaping(nodes, self.modules)
         self.escaping = names | self.looked_up
@@ -579,11 +581,11 @@ def _module_words(
     tree: ast.Module, packed: Mapping[str, ast.Module], modules: set[str]
 ) -> tuple[list[tuple[Place, str]], set[str]]:
     """Where names of packed modules stand after a dot, and those whose place is not known."""
-    in_texts = {id(n) for text in ast.walk(tree) if isinstance(text, ast.JoinedStr) for n in ast.walk(text)}
-    imports = [(node.module, a) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
+    in_texts = {id(n) for text in walk(tree) if isinstance(text, ast.JoinedStr) for n in walk(text)}
+    imports = [(node.module, a) for node in walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
     unclear = {a.asname or a.name for origin, a in imports if f"{origin}.{a.name}" in packed} - modules
     places, hidden = [], set()
-    for node in ast.walk(tree):
+    for node in walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.value.id in modules and id(node) not in in_texts:
                 places.append(((node.end_lineno or 0, (node.end_col_offset or 0) - len(node.attr.encode())), node.attr))

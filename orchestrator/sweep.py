@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Controller:
         slots: Slots | None = None,
         sources: Sources | None = None,
         baseline: Fixed | None = None,
+        pack_ahead: Callable[[list[Config]], None] | None = None,
         poll_seconds: float = POLL_SECONDS,
         patience_seconds: float = 0.0,
     ) -> None:
@@ -78,6 +79,7 @@ class Controller:
         self.home = home
         self.search = search
         self.pack = pack
+        self.pack_ahead = pack_ahead
         self.code = code
         self.sources = sources
         self._replicates = {cell.name: cell.replicate for cell in study.cells}
@@ -458,8 +460,10 @@ class Controller:
             return False
         asked, arms = False, self._arms()
         seeds = self._confirmation.seeds(arms) if arms else ()
-        if self.study.cells and not self.state.arms:
+        if self.study.cells and len(self.state.arms) < len(arms):
             self.progress.note(f"packing the trainer for {len(arms)} cells")  # some seconds each, the first time
+            if self.pack_ahead is not None:
+                self.pack_ahead([self._config(params, is_searched=False) for _, params in arms.values()])
         for name, (trial, params) in arms.items():
             runs = self._runs_of(params, seeds, arm=name)
             known = self.state.arms.get(name)

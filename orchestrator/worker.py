@@ -27,7 +27,7 @@ from orchestrator.allocation import Allocation
 from orchestrator.claims import Claim, beating, claim_for, make_claim, read_claim
 from orchestrator.failures import classify, explain, failure_of, failure_of_overdue, has_room, kind_of_error, log_tail
 from orchestrator.home import home_of
-from orchestrator.machine import THREADS, describe_environment, describe_machine
+from orchestrator.machine import THREADS, cores, describe_environment, describe_machine
 from orchestrator.node_check import Node, NodeRefused, Pace
 from orchestrator.notice import Notice
 from orchestrator.processes import TRAINER_TAG, parent_of, signal_tagged, tagged_processes, trainer_tag
@@ -358,7 +358,7 @@ def threads_of(order: Order) -> int:
 
     torch would take them all in every process, and runs side by side would wait for one another.
     """
-    return max(1, len(os.sched_getaffinity(0)) // (order.processes * order.beside))
+    return max(1, cores() // (order.processes * order.beside))
 
 
 def _watch(process: subprocess.Popen[bytes], part: Part, tag: str, *, script: ScriptRun | None = None) -> str | None:

@@ -22,20 +22,29 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"), name=DATA)
 
 
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What homes have packed so far: to pack takes ten seconds of a slow core, and gives the same bytes in every home."""
+    return tmp_path_factory.mktemp("bundles")
+
+
 @pytest.fixture
-def make_home(tmp_path: Path, data: Path) -> Iterator[Callable[[str], Home]]:
-    """Makes homes that hold the data set; what still runs in them is ended with the test."""
+def make_home(tmp_path: Path, data: Path, bundles: Path) -> Iterator[Callable[[str], Home]]:
+    """Makes homes that hold the data set and what was packed before; what still runs in them is ended with the test."""
     made: list[Home] = []
 
     def make(name: str) -> Home:
         home = Home(tmp_path / name)
         shutil.copytree(data, home.dataset(DATA))
+        shutil.copytree(bundles, home.bundles)
         made.append(home)
         return home
 
     yield make
     for home in made:
         end_jobs(home)
+        if home.bundles.is_dir():
+            shutil.copytree(home.bundles, bundles, dirs_exist_ok=True)
 
 
 def end_jobs(home: Home) -> None:

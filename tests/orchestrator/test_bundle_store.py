@@ -1,7 +1,10 @@
+import os
+
 import pytest
 
 from orchestrator import bundle_store
 from orchestrator.bundle_store import BundleStore
+from orchestrator.errors import CaddieError
 from orchestrator.presets import load_preset
 from trainer.config import with_knobs
 
@@ -17,6 +20,16 @@ class Packer:
     def __call__(self, config):
         self.packed.append(config)
         return f"bundle {len(self.packed)}".encode()
+
+
+OFF = with_knobs(SMOKE, {"ttt.method": "off"})
+
+
+def by_whom(config):
+    """A bundle that names the process that packed it; of one configuration it grows too long."""
+    if config is not None and config.quant.method == "rtn":
+        raise CaddieError("the bundle has too many bytes")
+    return f"{os.getpid()} {config and config.ttt.method}".encode()
 
 
 def test_a_bundle_is_packed_once_whichever_controller_asks_for_it(home):
@@ -66,3 +79,31 @@ def test_only_so_many_are_kept(home, monkeypatch):
     for config in (None, SMOKE, with_knobs(SMOKE, {"ttt.method": "off"})):
         store.build(config)
     assert len(list(home.bundles.iterdir())) == 2
+
+
+def test_several_are_packed_ahead_in_processes_of_their_own_and_then_at_hand(home):
+    store = BundleStore(home, by_whom)
+    store.build_ahead([SMOKE, OFF, SMOKE])
+    assert len(list(home.bundles.iterdir())) == 2
+    for one in (store, BundleStore(home, Packer())):
+        built = [one.build(config).decode().split() for config in (SMOKE, OFF)]
+        assert [method for _, method in built] == ["sgd", "off"]
+        assert str(os.getpid()) not in {pid for pid, _ in built}
+    store.build_ahead([SMOKE, OFF])
+    store.build_ahead([None, OFF])  # one alone is not worth a process
+    assert len(list(home.bundles.iterdir())) == 2
+
+
+def test_what_cannot_be_packed_is_said_before_the_study_asks_for_it(home):
+    with pytest.raises(CaddieError, match="too many bytes"):
+        BundleStore(home, by_whom).build_ahead([SMOKE, with_knobs(SMOKE, {"quant.method": "rtn"})])
+
+
+def test_a_machine_that_starts_no_process_packs_one_by_one(home, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(bundle_store, "ProcessPoolExecutor", refused)
+    store = BundleStore(home, by_whom)
+    store.build_ahead([SMOKE, OFF])
+    assert store.build(OFF) == f"{os.getpid()} off".encode()

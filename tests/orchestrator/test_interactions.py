@@ -193,3 +193,15 @@ def test_the_same_command_asks_for_no_cell_twice_and_another_cell_needs_another_
     more = STUDY + '\n[factors.learning.fast]\n"ttt.lr" = 0.01\n'
     with pytest.raises(ConfigError, match="the cells changed since the study was opened"):
         controller(parse_study(more), home, launcher=Bench()).run()
+
+
+def test_the_trainer_is_packed_for_all_cells_at_once_before_the_first_is_asked_for(home):
+    packed = []
+    study = parse_study(STUDY)
+    for _ in range(2):  # the second has nothing left to ask
+        controller(study, home, launcher=Bench(), pack_ahead=packed.append).run()
+    (configs,) = packed
+    assert [(c.quant.method, c.ttt.method) for c in configs] == [
+        ("rtn", "off"), ("rtn", "sgd"), ("gptq", "off"), ("gptq", "sgd"),
+    ]  # fmt: skip
+    assert [record["kind"] for record in records(home, "cells")][:2] == ["opened", "arm_asked"]
