@@ -39,4 +39,3 @@ def walk(root: ast.AST) -> list[ast.AST]:
     for node in found:
         found += children(node)
     return found
-
