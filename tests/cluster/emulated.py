@@ -93,8 +93,10 @@ class Cluster:
     # ------------------------------------------------------------------------------------------------ commands
 
     def ask(self, *command: str, check: bool = True) -> str:
-        """What a command of Slurm's answers."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        """What a command of Slurm's answers; what a job of it prints lies in the cluster's folder."""
+        done = subprocess.run(
+            command, cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
         return done.stdout.strip()
