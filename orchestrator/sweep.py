@@ -464,6 +464,7 @@ class Controller:
             self.progress.note(f"packing the trainer for {len(arms)} cells")  # some seconds each, the first time
             if self.pack_ahead is not None:
                 self.pack_ahead([self._config(params, is_searched=False) for _, params in arms.values()])
+                self._leave_if_interrupted()  # it may have taken a while
         for name, (trial, params) in arms.items():
             runs = self._runs_of(params, seeds, arm=name)
             known = self.state.arms.get(name)

@@ -1,12 +1,13 @@
 import json
 import random
+import signal
 
 import pytest
 from fakes import FakeLauncher, scored
 from make_controller import controller, records
 
 from orchestrator import interactions
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, Interrupted
 from orchestrator.evidence import gather
 from orchestrator.factors import Factor
 from orchestrator.interactions import INTERACTION, MAIN, SIMPLE, Contrast, contrasts
@@ -205,3 +206,12 @@ def test_the_trainer_is_packed_for_all_cells_at_once_before_the_first_is_asked_f
         ("rtn", "off"), ("rtn", "sgd"), ("gptq", "off"), ("gptq", "sgd"),
     ]  # fmt: skip
     assert [record["kind"] for record in records(home, "cells")][:2] == ["opened", "arm_asked"]
+
+
+def test_a_controller_that_is_interrupted_while_it_packs_leaves_before_it_asks_and_goes_on_later(home):
+    study = parse_study(STUDY)
+    first = controller(study, home, launcher=Bench(), pack_ahead=lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="left by SIGINT: 0 running jobs go on"):
+        first.run()
+    assert [record["kind"] for record in records(home, "cells")] == ["opened"]
+    assert controller(study, home, launcher=Bench()).run().closed == "finished"
