@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import cached_property
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from orchestrator import bundle
@@ -57,7 +59,7 @@ class BundleStore:
         most = min(len(missing), cores())
         with (
             suppress(OSError, BrokenProcessPool),  # then they are packed one by one
-            ProcessPoolExecutor(most, mp_context=get_context("spawn"), initializer=_leave_signals) as pool,
+            ProcessPoolExecutor(most, mp_context=get_context("spawn"), initializer=_be_of_the_controller) as pool,
         ):
             for key, content in zip(missing, pool.map(self._build, missing.values()), strict=True):
                 self._held[key] = self._keep(key, content)
@@ -96,7 +98,15 @@ class BundleStore:
         return self.folder / f"{key}.{hashlib.sha256(content).hexdigest()[:24]}"
 
 
-def _leave_signals() -> None:
-    """In a process that packs: a terminal's signals are for the controller, which ends it."""
+def _be_of_the_controller() -> None:
+    """In a process that packs: a terminal's signals are for the controller; when that is killed, this ends too."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_the_controller, daemon=True).start()
+
+
+def _leave_with_the_controller() -> None:
+    controller = parent_process()
+    assert controller is not None, "only a process that was started to pack waits for who started it"
+    controller.join()
+    os._exit(1)

@@ -72,6 +72,8 @@ class Facts:
         self._known: dict[ast.AST, Fact] = {}
         self._asked: set[ast.AST] = set()
         self._circles = 0
+        """How often something was asked for while it was being found."""
+
         self._callers: dict[ast.AST, list[ast.Call] | None] = {}
         constants = (node.value for node in program.nodes() if isinstance(node, ast.Constant))
         self.strings = {value for value in constants if isinstance(value, str)}

@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.cuts import Place, text_between
+from orchestrator.cuts import Place, begin_of, end_of, text_between
 from orchestrator.errors import CaddieError
 from orchestrator.syntax import children, walk
 
@@ -308,16 +308,16 @@ def _places_of_names(nodes: list[ast.AST], lines: Sequence[bytes]) -> tuple[list
             continue
         if isinstance(node, ast.JoinedStr):
             names = sorted(inner.id for inner in walk(node) if isinstance(inner, ast.Name))
-            text = text_between(lines, _begin(node), (node.end_lineno or 0, node.end_col_offset or 0))
-            found = list(_names_in_text(text, _begin(node)))
+            text = text_between(lines, begin_of(node), end_of(node))
+            found = list(_names_in_text(text, begin_of(node)))
             if sorted(word for _, word in found) == names:
                 places += found
             else:
                 hidden |= set(names)
         elif isinstance(node, ast.Name):
-            places.append((_begin(node), node.id))
+            places.append((begin_of(node), node.id))
         elif isinstance(node, ast.arg):
-            places.append((_begin(node), node.arg))
+            places.append((begin_of(node), node.arg))
         elif isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) and node.name:
             place = _place_of_definition(node, lines)
             if place:
@@ -331,7 +331,7 @@ def _place_of_definition(
     node: ast.FunctionDef | ast.ClassDef | ast.ExceptHandler, lines: Sequence[bytes]
 ) -> Place | None:
     """Where the name stands that is defined, or None where it is not beside its `def`, `class` or `as`."""
-    (row, column), before = _begin(node), rb"(def|class) +"
+    (row, column), before = begin_of(node), rb"(def|class) +"
     if isinstance(node, ast.ExceptHandler):
         assert node.type, "a handler without a type has no name"
         (row, column), before = (node.type.end_lineno or 0, node.type.end_col_offset or 0), rb" +as +"
@@ -362,10 +362,6 @@ def _expression(text: str) -> ast.Expression | None:
         return ast.parse(f"({text})", mode="eval")
     except SyntaxError:
         return None
-
-
-def _begin(node: ast.AST) -> Place:
-    return node.lineno, node.col_offset  # type: ignore[attr-defined]  # statements, expressions and arguments have both
 
 
 class _Calls:
@@ -467,7 +463,7 @@ class _Calls:
         places: dict[str, list[tuple[Place, str]]] = {module: [] for module in self.trees}
         for module, k, word, sets, _ in found:
             if not any(word in words for words in sets):
-                places[module].append((_begin(k), word))
+                places[module].append((begin_of(k), word))
         return places
 
 

@@ -1,4 +1,4 @@
-"""The nodes of a syntax tree, as `ast.walk` gives them in several times the time; packing a bundle does little else.
+"""The nodes of a syntax tree, as `ast.walk` gives them in twice the time; packing a bundle does little else.
 
 Left out are contexts and operators (`ast.Load`, `ast.Add`): each is one object that all nodes share, and no place of it.
 """

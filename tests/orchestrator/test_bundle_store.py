@@ -1,4 +1,9 @@
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -6,9 +11,12 @@ from orchestrator import bundle_store
 from orchestrator.bundle_store import BundleStore
 from orchestrator.errors import CaddieError
 from orchestrator.presets import load_preset
+from orchestrator.processes import tagged_processes
 from trainer.config import with_knobs
 
+REPOSITORY = Path(__file__).parents[2]
 SMOKE = load_preset("smoke")
+OFF = with_knobs(SMOKE, {"ttt.method": "off"})
 
 
 class Packer:
@@ -20,9 +28,6 @@ class Packer:
     def __call__(self, config):
         self.packed.append(config)
         return f"bundle {len(self.packed)}".encode()
-
-
-OFF = with_knobs(SMOKE, {"ttt.method": "off"})
 
 
 def by_whom(config):
@@ -45,7 +50,7 @@ def test_configurations_that_switch_off_the_same_share_one_bundle(home):
     store.build(SMOKE)
     store.build(with_knobs(SMOKE, {"optim.muon_weight_decay": 0.077}))
     assert len(packer.packed) == 1
-    store.build(with_knobs(SMOKE, {"ttt.method": "off"}))
+    store.build(OFF)
     assert len(packer.packed) == 2
 
 
@@ -76,7 +81,7 @@ def test_a_home_that_takes_no_bundle_costs_time_only(home):
 def test_only_so_many_are_kept(home, monkeypatch):
     monkeypatch.setattr(bundle_store, "KEPT", 2)
     store = BundleStore(home, Packer())
-    for config in (None, SMOKE, with_knobs(SMOKE, {"ttt.method": "off"})):
+    for config in (None, SMOKE, OFF):
         store.build(config)
     assert len(list(home.bundles.iterdir())) == 2
 
@@ -107,3 +112,49 @@ def test_a_machine_that_starts_no_process_packs_one_by_one(home, monkeypatch):
     store = BundleStore(home, by_whom)
     store.build_ahead([SMOKE, OFF])
     assert store.build(OFF) == f"{os.getpid()} off".encode()
+
+
+PACK = """
+import sys, time
+from pathlib import Path
+from orchestrator.bundle_store import BundleStore
+from orchestrator.home import Home
+from orchestrator.presets import load_preset
+from trainer.config import with_knobs
+
+FOLDER = Path(sys.argv[1])
+
+def pack(config):
+    (FOLDER / config.ttt.method).touch()
+    time.sleep(120)
+
+if __name__ == "__main__":
+    smoke = load_preset("smoke")
+    BundleStore(Home(FOLDER), pack).build_ahead([smoke, with_knobs(smoke, {"ttt.method": "off"})])
+"""
+
+
+def test_what_packs_does_not_outlive_a_controller_that_is_killed(tmp_path):
+    script = tmp_path / "pack.py"
+    script.write_text(PACK)
+    tag = str(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CADDIE_TEST_TAG": tag}
+    controller = subprocess.Popen([sys.executable, script, tmp_path], env=environment)
+    try:
+        until(lambda: (tmp_path / "sgd").exists() or (tmp_path / "off").exists())
+        assert len(tagged_processes("CADDIE_TEST_TAG", tag)) > 1
+        controller.kill()
+        controller.wait()
+        until(lambda: not tagged_processes("CADDIE_TEST_TAG", tag))
+    finally:
+        controller.kill()
+        controller.wait()
+        for pid in tagged_processes("CADDIE_TEST_TAG", tag):
+            os.kill(pid, signal.SIGKILL)
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
